@@ -1,0 +1,436 @@
+"""The run configuration: frozen pydantic models and a strict YAML loader.
+
+One YAML file describes one run. Unknown keys, wrong types and contradictions are refused at load with
+the path of the key and what was expected; `key.path=value` on the command line overrides a value.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mtrec_ray.expressions import Expression, ExpressionError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names each key and the cure."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# --------------------------------------------------------------------------- data
+
+
+class TableConfig(_Model):
+    """Where a table lies and which of its columns are which."""
+
+    path: str
+    """File, directory or glob-free URI; a directory means every file of the format inside it, sorted."""
+    format: Literal["parquet", "csv", "recbole"] = "parquet"
+    """`recbole` is an atomic file: tab-separated with `name:type` headers."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Name used here -> column in the file. A name that is not listed is looked up as it is."""
+    delimiter: str | None = None
+    """CSV only; default a comma."""
+
+
+class LabelConfig(_Model):
+    """A label of an event: a numeric column of the log, or an expression over other labels."""
+
+    expression: str | None = None
+    """Such as `rating >= 4`. Missing inputs give a missing label."""
+    kind: Literal["numeric", "binary"] = "numeric"
+    min: float | None = None
+    """Values below are quarantined."""
+    max: float | None = None
+    """Values above are quarantined."""
+    values: tuple[float, ...] | None = None
+    """The values that occur, when they are few: the history then embeds each value."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LabelConfig:
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError("min is above max")
+        return self
+
+
+class AttributeConfig(_Model):
+    """A categorical attribute of a user, taken from a column of the users table."""
+
+    column: str
+    bins: tuple[float, ...] | None = None
+    """Upper edges, exclusive: [25, 35, 50] gives <25, 25-34, 35-49 and 50+ for a whole-numbered column."""
+
+
+class ItemTextConfig(_Model):
+    """How an item becomes text."""
+
+    template: str
+    """Such as `{title} ({year}). {genres}`; the names are columns of the items table."""
+    title: str
+    """The column shown as the item's title."""
+    columns: tuple[str, ...] = ()
+    """Further columns kept in the catalogue (shown to people, used by slices)."""
+
+
+class DataConfig(_Model):
+    """The log, and how it becomes windows."""
+
+    interactions: TableConfig
+    items: TableConfig | None = None
+    users: TableConfig | None = None
+    time_unit: Literal["s", "ms", "us", "ns"] = "ms"
+    """Unit of the log's timestamps; inside, time is int64 milliseconds UTC."""
+    labels: dict[str, LabelConfig]
+    actions: tuple[str, ...] = ()
+    """Labels that the history shows the trunk. Default: all that are not expressions."""
+    context: tuple[str, ...] = ()
+    """Categorical columns of the event known at request time (device, page, ...)."""
+    attributes: dict[str, AttributeConfig] = Field(default_factory=dict)
+    """Attributes of users, for profile tasks."""
+    text: ItemTextConfig | None = None
+    """How items become text. Without it items are ids only."""
+    history: str | None = None
+    """Expression: which events are history. Default: any action present and not zero."""
+    same_time: Literal["group", "order"] = "group"
+    """`group`: a target sees only strictly earlier times; `order`: ties see earlier rows of the log."""
+    exclude_seen: bool = False
+    """Never recommend an item of the user's history; one setting for evaluation, batch and online."""
+    protocol: Literal["time", "leave_one_out"] = "time"
+    """How train, valid and test are divided; see docs/evaluation.md."""
+    time_split: tuple[float, float] = (0.8, 0.9)
+    """`time` only: shares of events before the valid cut and before the test cut."""
+    window: int = Field(default=100, ge=2, le=4096)
+    """L, the history positions of a window, the start token included."""
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """The job stops before publishing when a larger share of the rows is quarantined."""
+    unknown_items: Literal["quarantine", "keep"] = "quarantine"
+    """Events on items that the items table lacks."""
+    unknown_users: Literal["quarantine", "keep"] = "keep"
+    """Events of users that the users table lacks; kept, they train everything but profiles."""
+    recent_days: float = Field(default=30.0, gt=0)
+    """Length of the recent-popularity window before the last training event."""
+    partitions: int | None = Field(default=None, ge=1)
+    """User partitions (files). Default: from the number of rows and the cluster."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        plain = {n for n, label in self.labels.items() if label.expression is None}
+        for name in self.labels:
+            if not name.isidentifier():
+                raise ValueError(f"label {name!r}: names are letters, digits and underscores")
+        for name, label in self.labels.items():
+            if label.expression is not None:
+                _expression(label.expression, plain, f"labels.{name}.expression")
+        for name in self.actions:
+            if name not in self.labels:
+                raise ValueError(f"actions names {name!r}, which is not among labels {sorted(self.labels)}")
+        if self.history is not None:
+            _expression(self.history, set(self.labels), "history")
+        if not 0 < self.time_split[0] < self.time_split[1] < 1:
+            raise ValueError("time_split must be two increasing shares between 0 and 1, such as [0.8, 0.9]")
+        if self.attributes and self.users is None:
+            raise ValueError("attributes need a users table")
+        if self.text is not None and self.items is None:
+            raise ValueError("text needs an items table")
+        overlap = {a.column for a in self.attributes.values()} | set(self.attributes)
+        for name in (*self.context, *self.actions):
+            if name in overlap:
+                raise ValueError(
+                    f"{name!r} is a profile attribute and may not be an input feature: the model would read its target"
+                )
+        return self
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Labels shown in the history, in a fixed order."""
+        return self.actions or tuple(n for n, label in self.labels.items() if label.expression is None)
+
+    @property
+    def history_expression(self) -> str:
+        """The expression that decides whether an event is history."""
+        if self.history is not None:
+            return self.history
+        return " or ".join(f"present({n})" if self.labels[n].kind == "numeric" else f"{n} > 0" for n in self.action_names)
+
+
+def _expression(text: str, names: set[str], key: str) -> Expression:
+    try:
+        expression = Expression(text)
+    except ExpressionError as error:
+        raise ValueError(f"{key}: {error}") from None
+    unknown = expression.names - names
+    if unknown:
+        raise ValueError(f"{key}: {text!r} uses {sorted(unknown)}, known are {sorted(names)}")
+    return expression
+
+
+# --------------------------------------------------------------------------- encoder, model, tasks
+
+
+class EncoderConfig(_Model):
+    """The TextEncoder: a transformer from Hugging Face."""
+
+    model: str
+    """A local directory, `package:NAME/DIR` (a directory inside an installed package) or a hub name."""
+    pooling: Literal["mean", "last", "cls"] = "mean"
+    max_tokens: int = Field(default=128, ge=4)
+    batch_size: int = Field(default=64, ge=1)
+    workers: int = Field(default=1, ge=1)
+    """Ray Data actors."""
+
+
+class ModelConfig(_Model):
+    """The trunk, the item tower and the sharing layers."""
+
+    width: int = Field(default=64, ge=4)
+    """D."""
+    layers: int = Field(default=2, ge=1)
+    heads: int = Field(default=2, ge=1)
+    feed_forward: int = Field(default=256, ge=4)
+    dropout: float = Field(default=0.3, ge=0, lt=1)
+    id_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of items whose id residual is dropped in a step, so that text alone must serve."""
+    sharing_width: int = Field(default=64, ge=1)
+    """Width of the shared bottom."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class _Task(_Model):
+    weight: float = Field(default=1.0, ge=0)
+    """Static λ, and the start of learned weights."""
+    final_weight: float | None = None
+    """w in the final score Σ w·g. Default: 1 for retrieval, 0 for all others."""
+
+
+class RetrievalTask(_Task):
+    kind: Literal["retrieval"]
+    positive: str | None = None
+    """Expression over labels: which targets are positives. Default: the events that are history."""
+
+
+class RegressionTask(_Task):
+    kind: Literal["regression"]
+    label: str
+
+
+class BinaryTask(_Task):
+    kind: Literal["binary"]
+    label: str
+
+
+class SimilarityTask(_Task):
+    kind: Literal["similarity"]
+    within_positions: int = Field(default=3, ge=1)
+    """A pair is two training positives of one user at most this many history events apart ..."""
+    within_hours: float = Field(default=24.0, gt=0)
+    """... and at most this many hours."""
+    share: float = Field(default=0.25, gt=0, le=1)
+    """Share of the targets that contribute a pair in an epoch."""
+    temperature: float = Field(default=0.1, gt=0)
+
+
+class ProfileTask(_Task):
+    kind: Literal["profile"]
+    attribute: str
+
+
+TaskConfig = Annotated[
+    RetrievalTask | RegressionTask | BinaryTask | SimilarityTask | ProfileTask, Field(discriminator="kind")
+]
+
+
+class BalancingConfig(_Model):
+    kind: Literal["static", "uncertainty"] = "static"
+    """`static`: λ as given. `uncertainty`: learned log-variances (Kendall et al. 2018, arXiv 1705.07115)."""
+
+
+# --------------------------------------------------------------------------- training, serving
+
+
+class TrainConfig(_Model):
+    """The training loop."""
+
+    epochs: int = Field(default=30, ge=1)
+    """An upper bound; early stopping may end sooner."""
+    batch_windows: int = Field(default=32, ge=1)
+    """Windows of a global batch, whatever the number of workers."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches that a global batch is computed in, to save memory."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    workers: int = Field(default=2, ge=0)
+    """DDP workers of Ray Train; 0 runs in the driver's process."""
+    threads: int = Field(default=1, ge=1)
+    """torch threads of a worker."""
+    use_gpu: bool = False
+    monitor: str = "retrieval/ndcg@10"
+    """`task/metric` on valid that selects the best checkpoint."""
+    patience: int = Field(default=10, ge=1)
+    """Epochs without improvement before training stops."""
+    evaluate_every: int = Field(default=1, ge=1)
+    """Epochs between evaluations on valid."""
+    max_failures: int = Field(default=1, ge=0)
+    """Restarts by Ray Train, each from the last checkpoint."""
+
+
+class RankingConfig(_Model):
+    candidates: int = Field(default=200, ge=1)
+    """K retrieved before scoring."""
+
+
+class ScoringConfig(_Model):
+    k: int = Field(default=100, ge=1)
+    batch_users: int = Field(default=256, ge=1)
+    workers: int = Field(default=1, ge=1)
+
+
+class EvaluationConfig(_Model):
+    baselines: tuple[Literal["popularity", "popularity_recent", "itemknn", "ease"], ...] = (
+        "popularity",
+        "popularity_recent",
+        "itemknn",
+        "ease",
+    )
+    bootstrap: int = Field(default=1000, ge=0)
+    """Resamples of users in the paired comparison with the best baseline."""
+    batch_windows: int = Field(default=256, ge=1)
+    profile_folds_test: tuple[int, ...] = (0, 1)
+    profile_fold_valid: int = 2
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        folds = (*self.profile_folds_test, self.profile_fold_valid)
+        if len(set(folds)) != len(folds) or not all(0 <= f < 10 for f in folds):
+            raise ValueError("profile folds are distinct numbers from 0 to 9")
+        return self
+
+
+class RunConfig(_Model):
+    """One run: data, encoder, model, tasks, training, evaluation."""
+
+    name: str
+    seed: int = 0
+    data: DataConfig
+    encoder: EncoderConfig | None = None
+    model: ModelConfig = ModelConfig()
+    tasks: dict[str, TaskConfig]
+    balancing: BalancingConfig = BalancingConfig()
+    train: TrainConfig = TrainConfig()
+    ranking: RankingConfig = RankingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    scoring: ScoringConfig = ScoringConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        labels = self.data.labels
+        retrieval = [n for n, t in self.tasks.items() if t.kind == "retrieval"]
+        if len(retrieval) != 1:
+            raise ValueError(
+                f"tasks: exactly one task of kind retrieval is needed (it selects the candidates), found {retrieval}"
+            )
+        similarity = [n for n, t in self.tasks.items() if t.kind == "similarity"]
+        if len(similarity) > 1:
+            raise ValueError(f"tasks: at most one task of kind similarity, found {similarity}")
+        for name, task in self.tasks.items():
+            key = f"tasks.{name}"
+            if not name.isidentifier() or name in {"user_id", "item_id", "rank", "score", "title"}:
+                raise ValueError(f"{key}: task names are letters, digits and underscores, and not a column of the output")
+            if isinstance(task, RegressionTask | BinaryTask) and task.label not in labels:
+                raise ValueError(f"{key}.label: {task.label!r} is not among data.labels {sorted(labels)}")
+            if isinstance(task, BinaryTask) and labels[task.label].expression is None and labels[task.label].kind != "binary":
+                raise ValueError(f"{key}.label: {task.label!r} is numeric; say kind: binary or derive it by an expression")
+            if isinstance(task, ProfileTask) and task.attribute not in self.data.attributes:
+                raise ValueError(
+                    f"{key}.attribute: {task.attribute!r} is not among data.attributes {sorted(self.data.attributes)}"
+                )
+            if isinstance(task, RetrievalTask) and task.positive is not None:
+                _expression(task.positive, set(labels), f"{key}.positive")
+        if self.encoder is not None and self.data.text is None:
+            raise ValueError("encoder: data.text is missing, so there is no text to encode")
+        monitored, _, metric = self.train.monitor.partition("/")
+        if monitored not in self.tasks or not metric:
+            raise ValueError(f"train.monitor: {self.train.monitor!r} is not task/metric with a task of {sorted(self.tasks)}")
+        return self
+
+    @property
+    def retrieval_task(self) -> str:
+        return next(n for n, t in self.tasks.items() if t.kind == "retrieval")
+
+    @property
+    def positive_expression(self) -> str:
+        task = self.tasks[self.retrieval_task]
+        assert isinstance(task, RetrievalTask)
+        return task.positive or self.data.history_expression
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file into a `RunConfig`.
+
+    overrides: `tasks.rating.weight=0.5`; the value is read as YAML.
+    Raises ConfigError with one line for each wrong key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
+    """Validate a mapping; `source` names it in messages."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{source}: {len(error.errors())} wrong key(s)"]
+        for e in error.errors():
+            key = ".".join(str(p) for p in e["loc"] if p not in _KINDS) or "(top level)"
+            if e["type"] == "extra_forbidden":
+                lines.append(f"  {key}: unknown key")
+            else:
+                found = "" if isinstance(e["input"], dict) else f" (found {e['input']!r})"
+                lines.append(f"  {key}: {e['msg'].removeprefix('Value error, ')}{found}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+_KINDS = ("retrieval", "regression", "binary", "similarity", "profile")
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"override {override!r}: expected key.path=value")
+    *parents, last = key.strip().split(".")
+    node = raw
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a mapping")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from None

@@ -1,0 +1,94 @@
+"""The recommender: item tower, event tokens, trunk, sharing layers and heads in one module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mtrec_ray.config import RunConfig
+from mtrec_ray.models.batch import Batch, HistoryBatch
+from mtrec_ray.models.item_tower import ItemTower
+from mtrec_ray.models.sharing import SharedBottom
+from mtrec_ray.models.tokens import EventTokens
+from mtrec_ray.models.trunk import Trunk
+from mtrec_ray.schema import LogSchema
+from mtrec_ray.tasks import Forward, PointwiseTask, Profile, Retrieval, Similarity, Task, build_task
+
+
+class Recommender(nn.Module):
+    """One trunk pass, every answer (DESIGN §1.4).
+
+    text_NE: frozen text vectors of the catalogue (unit length), or None for a model of ids alone. They are not
+    part of the weights.
+    """
+
+    def __init__(self, config: RunConfig, schema: LogSchema, text_NE: Tensor | None) -> None:
+        super().__init__()
+        self.schema = schema
+        width = config.model.width
+        text_width = 0 if text_NE is None else text_NE.shape[1]
+        self.register_buffer("text_NE", text_NE, persistent=False)
+        self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)
+        self.tokens = EventTokens(config.model, schema.actions, schema.context)
+        self.trunk = Trunk(config.model, schema.window)
+        context_width = 8
+        self.request_context = nn.ModuleDict({c.name: nn.Embedding(len(c.values) + 1, context_width) for c in schema.context})
+        self.sharing = SharedBottom(config.model, context_width * len(schema.context))
+        self.tasks = nn.ModuleDict({n: build_task(n, t, schema, config.model) for n, t in config.tasks.items()})
+
+    # -- tasks by kind
+
+    @property
+    def task_list(self) -> list[Task]:
+        return list(self.tasks.values())  # type: ignore[arg-type]
+
+    @property
+    def retrieval(self) -> Retrieval:
+        return next(t for t in self.task_list if isinstance(t, Retrieval))
+
+    @property
+    def similarity(self) -> Similarity | None:
+        return next((t for t in self.task_list if isinstance(t, Similarity)), None)
+
+    @property
+    def pointwise(self) -> dict[str, PointwiseTask]:
+        return {t.name: t for t in self.task_list if isinstance(t, PointwiseTask)}
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        return {t.name: t for t in self.task_list if isinstance(t, Profile)}
+
+    # -- training
+
+    def counts(self, batch: Batch) -> Tensor:
+        """count_T of this rank's batch."""
+        return torch.stack([t.count(batch).float() for t in self.task_list])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of losses per task over this rank's batch -> loss_sum_T."""
+        targets = batch.targets
+        item_vec_ND = self.item_tower(self.text_NE, self.schema.n_train_items, batch.step)
+        state_BLD = self.trunk(self.tokens(item_vec_ND, batch.history))
+        shared_MH = None
+        if self.pointwise:
+            state_MD = state_BLD[targets.window_M, targets.pos_M]
+            shared_MH = self.share(state_MD, item_vec_ND[targets.item_M], targets.context_M)
+        forward = Forward(state_BLD, item_vec_ND, shared_MH)
+        return torch.stack([t.loss_sum(forward, batch) for t in self.task_list])
+
+    # -- inference
+
+    def share(self, state: Tensor, item_vec: Tensor, context: dict[str, Tensor]) -> Tensor:
+        """(state, item vector, request context), each (..., D) or (...) -> (..., H)."""
+        embedded = [embed(context[name]) for name, embed in self.request_context.items()]
+        context_C = torch.cat(embedded, dim=-1) if embedded else state.new_zeros(*state.shape[:-1], 0)
+        return self.sharing(state, item_vec, context_C)  # type: ignore[no-any-return]
+
+    def item_vectors(self) -> Tensor:
+        """Vectors of the whole catalogue at inference -> item_vec_ND."""
+        return self.item_tower(self.text_NE, self.schema.n_items)  # type: ignore[no-any-return]
+
+    def encode(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
+        """Histories -> the state after each one's last event, state_BD."""
+        state_BLD = self.trunk(self.tokens(item_vec_ND, history))
+        return state_BLD[torch.arange(len(history), device=state_BLD.device), history.length_B]  # type: ignore[no-any-return]

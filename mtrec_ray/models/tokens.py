@@ -1,0 +1,55 @@
+"""What a history event says besides its item: actions, time gap, context."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mtrec_ray.config import ModelConfig
+from mtrec_ray.models.batch import GAP_BUCKETS, HistoryBatch
+from mtrec_ray.schema import ActionSpec, ContextSpec
+
+
+class ActionEmbedding(nn.Module):
+    """An action as a vector: an embedding of its value if it has few, else its standardised value."""
+
+    def __init__(self, spec: ActionSpec, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        if spec.values is not None:
+            self.register_buffer("values", torch.tensor(sorted(spec.values)), persistent=False)
+            self.embedding = nn.Embedding(len(spec.values) + 1, width)  # 0: missing or unknown
+        else:
+            self.embedding = nn.Embedding(2, width)  # missing, present
+            self.linear = nn.Linear(1, width, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """value: float, NaN is missing, any shape -> shape + (D,)."""
+        missing = torch.isnan(value)
+        if self.spec.values is not None:
+            place = torch.searchsorted(self.values, torch.nan_to_num(value)).clamp(max=len(self.values) - 1)
+            known = ~missing & (self.values[place] == value)
+            return self.embedding(torch.where(known, place + 1, 0))  # type: ignore[no-any-return]
+        standard = torch.where(missing, 0.0, (value - self.spec.mean) / self.spec.std)
+        return self.embedding((~missing).long()) + self.linear(standard[..., None])  # type: ignore[no-any-return]
+
+
+class EventTokens(nn.Module):
+    """item vector + actions + time gap + context -> token_BSD."""
+
+    def __init__(self, config: ModelConfig, actions: tuple[ActionSpec, ...], context: tuple[ContextSpec, ...]) -> None:
+        super().__init__()
+        self.actions = nn.ModuleDict({a.name: ActionEmbedding(a, config.width) for a in actions})
+        self.gap = nn.Embedding(GAP_BUCKETS, config.width)
+        self.context = nn.ModuleDict({c.name: nn.Embedding(len(c.values) + 1, config.width) for c in context})
+        for module in (self.gap, *self.context.values()):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
+        token = item_vec_ND[history.item_BS] + self.gap(history.gap_BS)
+        for name, embed in self.actions.items():
+            token = token + embed(history.actions_BS[name])
+        for name, embed in self.context.items():
+            token = token + embed(history.context_BS[name])
+        return token

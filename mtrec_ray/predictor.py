@@ -1,0 +1,348 @@
+"""The predictor: a bundle -> recommend, score, similar, profile. It knows no Ray.
+
+`recommend` composes four public stages, and every caller (evaluation, batch scoring, the Serve deployments)
+calls these same stages:
+
+    encode_state   histories -> user states          (one trunk pass)
+    retrieve       states -> candidates              (index, seen filter; popularity without a history)
+    score          states, candidates -> tasks       (sharing layers and heads)
+    finalise       candidates, tasks -> the answer   (final order, titles)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtrec_ray.config import RunConfig
+from mtrec_ray.models.batch import HistoryBatch, collate_history
+from mtrec_ray.models.recommender import Recommender
+from mtrec_ray.retrieval.exact import NONE, ExactIndex, mask_items, top_k
+from mtrec_ray.schema import LogSchema
+
+IntArray = NDArray[np.int64]
+NO_HISTORY = "no_history"
+UNKNOWN_HISTORY_ITEMS = "unknown_history_items"
+
+
+class UnknownItemError(KeyError):
+    """An item id that the catalogue lacks."""
+
+    def __init__(self, item_id: str) -> None:
+        super().__init__(item_id)
+        self.item_id = item_id
+
+    def __str__(self) -> str:
+        return f"item {self.item_id!r} is not in the catalogue"
+
+
+@dataclass(frozen=True)
+class History:
+    """What is known of a user: events in time order (ties in log order), with the log's own ids."""
+
+    item_ids: Sequence[str] = ()
+    times: Sequence[int] = ()
+    """Milliseconds UTC."""
+    actions: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """NaN is missing; an action that is absent is missing everywhere."""
+    context: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    seen_item_ids: Sequence[str] = ()
+    """Items of events before those listed."""
+    seen_times: Sequence[int] = ()
+
+    def before(self, at: int | None) -> History:
+        """The part strictly before a moment (ms)."""
+        if at is None:
+            return self
+        n = int(np.searchsorted(np.asarray(self.times, dtype=np.int64), at, side="left"))
+        m = int(np.searchsorted(np.asarray(self.seen_times, dtype=np.int64), at, side="left"))
+        return History(
+            self.item_ids[:n],
+            self.times[:n],
+            {k: v[:n] for k, v in self.actions.items()},
+            {k: v[:n] for k, v in self.context.items()},
+            self.seen_item_ids[:m],
+            self.seen_times[:m],
+        )
+
+
+@dataclass(frozen=True)
+class EncodedHistories:
+    """Histories as the model reads them, what they exclude, and which degradations apply."""
+
+    batch: HistoryBatch
+    seen: list[IntArray]
+    """Catalogue positions that may not be recommended (empty unless exclude_seen)."""
+    degraded: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Retrieved items of each row. `item_BK` is NONE where there are fewer."""
+
+    item_BK: Tensor
+    logit_BK: Tensor
+    """Retrieval logit; for rows without a history the share of all training events."""
+    popular_B: Tensor
+    """bool: the row is the popularity list."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Final lists as integers and numbers."""
+
+    item_BK: Tensor
+    score_BK: Tensor
+    tasks_BK: dict[str, Tensor]
+
+
+class Predictor:
+    """Everything a request needs, in memory.
+
+    model: a trained recommender in eval mode; catalogue: the bundle's item table; fingerprint: the bundle's.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        schema: LogSchema,
+        catalogue: pa.Table,
+        model: Recommender,
+        item_vec_ND: Tensor,
+        fingerprint: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.schema, self.fingerprint = config, schema, fingerprint
+        self.device = torch.device(device)
+        self.model = model.eval()
+        self.item_ids: list[str] = catalogue["item_id"].to_pylist()
+        self.titles: list[str] = catalogue["title"].to_pylist()
+        self.position = {item_id: i for i, item_id in enumerate(self.item_ids)}
+        self.item_vec_ND = item_vec_ND
+        self.index = ExactIndex(item_vec_ND)
+        count_N = torch.from_numpy(catalogue["count"].to_numpy().astype(np.float32))
+        self.popularity_N = count_N / count_N.sum().clamp(min=1)
+        with torch.no_grad():
+            similarity = model.similarity
+            normalised = torch.nn.functional.normalize(item_vec_ND, dim=-1)
+            self.similar_vec_ND = normalised if similarity is None else similarity.vectors(item_vec_ND)
+        self.final_weights = {
+            name: task.final_weight if task.final_weight is not None else float(task.kind == "retrieval")
+            for name, task in config.tasks.items()
+        }
+        self.retrieval_name = config.retrieval_task
+
+    # ------------------------------------------------------------------ ids and integers
+
+    def items(self, item_ids: Sequence[str]) -> IntArray:
+        """Ids -> catalogue positions. Raises UnknownItemError."""
+        try:
+            return np.array([self.position[i] for i in item_ids], dtype=np.int64)
+        except KeyError as error:
+            raise UnknownItemError(error.args[0]) from None
+
+    def encode_histories(self, histories: Sequence[History]) -> EncodedHistories:
+        """The last L - 1 known events of each history, as integers. Items that the catalogue lacks are left
+        out, and that is marked."""
+        capacity = self.schema.window - 1
+        items, times, lengths = [], [], []
+        actions: dict[str, list[NDArray[np.float32]]] = {a.name: [] for a in self.schema.actions}
+        context: dict[str, list[NDArray[np.int32]]] = {c.name: [] for c in self.schema.context}
+        seen, degraded = [], []
+        for history in histories:
+            position = np.array([self.position.get(i, NONE) for i in history.item_ids], dtype=np.int64)
+            known = np.flatnonzero(position != NONE)
+            marks = [] if len(known) == len(position) else [UNKNOWN_HISTORY_ITEMS]
+            shown = known[-capacity:]
+            items.append(position[shown])
+            times.append(np.asarray(history.times, dtype=np.int64)[shown])
+            lengths.append(len(shown))
+            for name, parts in actions.items():
+                values = history.actions.get(name)
+                full = np.full(len(position), np.nan) if values is None else np.asarray(values, dtype=np.float64)
+                parts.append(full[shown].astype(np.float32))
+            for spec in self.schema.context:
+                raw = history.context.get(spec.name) or [None] * len(position)
+                context[spec.name].append(spec.encode([raw[i] for i in shown]))
+            if self.schema.exclude_seen:
+                older = np.array([self.position.get(i, NONE) for i in history.seen_item_ids], dtype=np.int64)
+                seen.append(np.unique(np.concatenate([position[known], older[older != NONE]])))
+            else:
+                seen.append(np.zeros(0, np.int64))
+            degraded.append(marks if len(shown) else [*marks, NO_HISTORY])
+        batch = collate_history(
+            np.concatenate(items) if items else np.zeros(0, np.int64),
+            np.concatenate(times) if times else np.zeros(0, np.int64),
+            np.array(lengths, dtype=np.int64),
+            {n: np.concatenate(v) if v else np.zeros(0, np.float32) for n, v in actions.items()},
+            {n: np.concatenate(v) if v else np.zeros(0, np.int32) for n, v in context.items()},
+        )
+        return EncodedHistories(batch, seen, degraded)
+
+    def encode_context(self, contexts: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
+        """Request contexts -> integers per column."""
+        return {
+            spec.name: torch.from_numpy(spec.encode([c.get(spec.name) for c in contexts]).astype(np.int64))
+            for spec in self.schema.context
+        }
+
+    # ------------------------------------------------------------------ the four stages
+
+    @torch.no_grad()
+    def encode_state(self, histories: HistoryBatch) -> Tensor:
+        """Histories -> state_BD; an empty history gives the start token's state."""
+        return self.model.encode(self.item_vec_ND, histories)
+
+    @torch.no_grad()
+    def retrieval_scores(self, state_BD: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Score of every item -> (score_BN, popular_B). Rows without a history score by popularity."""
+        popular_B = length_B == 0
+        score_BN = self.index.scores(self.model.retrieval.query(state_BD))
+        return torch.where(popular_B[:, None], self.popularity_N, score_BN), popular_B
+
+    def retrieve(self, state_BD: Tensor, length_B: Tensor, seen: Sequence[IntArray], k: int) -> Candidates:
+        """States -> the best max(k, K) items that are not excluded."""
+        score_BN, popular_B = self.retrieval_scores(state_BD, length_B)
+        item_BK, logit_BK = top_k(mask_items(score_BN, seen), max(k, self.config.ranking.candidates))
+        return Candidates(item_BK, logit_BK, popular_B)
+
+    @torch.no_grad()
+    def score(self, state_BD: Tensor, item_BK: Tensor, context_B: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Predictions of every pointwise task in its label's units -> name: (B, K)."""
+        B, K = item_BK.shape
+        item_vec = self.item_vec_ND[item_BK.clamp(min=0)]
+        state = state_BD[:, None, :].expand(B, K, -1)
+        context = {n: v[:, None].expand(B, K) for n, v in context_B.items()}
+        shared = self.model.share(state, item_vec, context)
+        return {name: task.predict(shared) for name, task in self.model.pointwise.items()}
+
+    def finalise(self, candidates: Candidates, predictions: dict[str, Tensor], k: int) -> Ranked:
+        """The final order: Σ w·g over the candidates, ties by catalogue position; cut to k.
+
+        The popularity list keeps its order and its scores.
+        """
+        final = self.final_scores(candidates.logit_BK, predictions)
+        final = torch.where(candidates.popular_B[:, None], candidates.logit_BK, final)
+        final = torch.where(candidates.item_BK == NONE, float("-inf"), final)
+        # stable sorts: first by position, then by score
+        by_item = torch.argsort(candidates.item_BK, dim=1, stable=True)
+        order = by_item.gather(1, torch.argsort(final.gather(1, by_item), dim=1, descending=True, stable=True))[:, :k]
+        tasks = {self.retrieval_name: candidates.logit_BK, **predictions}
+        return Ranked(
+            candidates.item_BK.gather(1, order),
+            final.gather(1, order),
+            {name: values.gather(1, order) for name, values in tasks.items()},
+        )
+
+    def final_scores(self, logit_BK: Tensor, predictions: dict[str, Tensor]) -> Tensor:
+        """Σ w·g (DESIGN §1.4)."""
+        total = self.final_weights[self.retrieval_name] * logit_BK
+        for name, task in self.model.pointwise.items():
+            if self.final_weights[name]:
+                total = total + self.final_weights[name] * task.final(predictions[name])
+        return total
+
+    # ------------------------------------------------------------------ answers
+
+    def recommend(
+        self,
+        histories: Sequence[History],
+        k: int,
+        contexts: Sequence[Mapping[str, object]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Top k for each history -> [{"items": [{"item_id", "title", "score", "tasks"}], "degraded"}]."""
+        encoded = self.encode_histories(histories)
+        ranked = self.rank(encoded, k, self.encode_context(contexts or [{}] * len(histories)))
+        return self.answers(ranked, encoded.degraded)
+
+    def rank(self, encoded: EncodedHistories, k: int, context_B: dict[str, Tensor]) -> Ranked:
+        """The four stages on integers."""
+        state_BD = self.encode_state(encoded.batch)
+        candidates = self.retrieve(state_BD, encoded.batch.length_B, encoded.seen, k)
+        return self.finalise(candidates, self.score(state_BD, candidates.item_BK, context_B), k)
+
+    def answers(self, ranked: Ranked, degraded: list[list[str]]) -> list[dict[str, Any]]:
+        """Integers -> ids, titles and plain numbers."""
+        out = []
+        items, scores = ranked.item_BK.tolist(), ranked.score_BK.tolist()
+        tasks = {n: v.tolist() for n, v in ranked.tasks_BK.items()}
+        for row, marks in enumerate(degraded):
+            entries = [
+                {
+                    "item_id": self.item_ids[item],
+                    "title": self.titles[item],
+                    "score": scores[row][j],
+                    "tasks": {n: v[row][j] for n, v in tasks.items()},
+                }
+                for j, item in enumerate(items[row])
+                if item != NONE
+            ]
+            out.append({"items": entries, "degraded": list(marks)})
+        return out
+
+    def score_items(
+        self, history: History, item_ids: Sequence[str], context: Mapping[str, object] | None = None
+    ) -> dict[str, Any]:
+        """Given items for one history, in the order given. Raises UnknownItemError."""
+        encoded = self.encode_histories([history])
+        item_BK = torch.from_numpy(self.items(item_ids))[None]
+        state_BD = self.encode_state(encoded.batch)
+        logit_BK, popular_B = self.logits_of(state_BD, encoded.batch.length_B, item_BK)
+        predictions = self.score(state_BD, item_BK, self.encode_context([context or {}]))
+        return self.scored_answer(item_BK, logit_BK, popular_B, predictions, encoded.degraded[0])
+
+    def logits_of(self, state_BD: Tensor, length_B: Tensor, item_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """Retrieval scores of given items -> (logit_BK, popular_B)."""
+        score_BN, popular_B = self.retrieval_scores(state_BD, length_B)
+        return score_BN.gather(1, item_BK), popular_B
+
+    def scored_answer(
+        self, item_BK: Tensor, logit_BK: Tensor, popular_B: Tensor, predictions: dict[str, Tensor], degraded: list[str]
+    ) -> dict[str, Any]:
+        """One row of given items -> the answer, in the order given."""
+        final = torch.where(popular_B[:, None], logit_BK, self.final_scores(logit_BK, predictions))
+        ranked = Ranked(item_BK, final, {self.retrieval_name: logit_BK, **predictions})
+        return self.answers(ranked, [degraded])[0]
+
+    def similar(self, item_id: str, k: int, exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Items most like one item -> [{"item_id", "title", "score"}], cosine. Raises UnknownItemError."""
+        item = self.items([item_id])
+        banned = np.unique(np.concatenate([item, self.items(exclude)]))
+        item_K, score_K = (t[0].tolist() for t in top_k(mask_items(self.similar_scores(item), [banned]), k))
+        return [
+            {"item_id": self.item_ids[i], "title": self.titles[i], "score": s}
+            for i, s in zip(item_K, score_K, strict=True)
+            if i != NONE
+        ]
+
+    @torch.no_grad()
+    def similar_scores(self, item_B: IntArray) -> Tensor:
+        """Cosine of some items with all -> score_BN."""
+        return self.similar_vec_ND[torch.from_numpy(item_B)] @ self.similar_vec_ND.T
+
+    def profile(self, history: History) -> dict[str, Any]:
+        """{"profile": {attribute: {value: probability}}, "degraded"}."""
+        encoded = self.encode_histories([history])
+        return {"profile": self.profile_of(self.encode_state(encoded.batch))[0], "degraded": encoded.degraded[0]}
+
+    def profile_of(self, state_BD: Tensor) -> list[dict[str, dict[str, float]]]:
+        probability = self.profile_probabilities(state_BD)
+        return [
+            {
+                task.attribute: dict(zip(task.classes, probability[name][row].tolist(), strict=True))
+                for name, task in self.model.profiles.items()
+            }
+            for row in range(len(state_BD))
+        ]
+
+    @torch.no_grad()
+    def profile_probabilities(self, state_BD: Tensor) -> dict[str, Tensor]:
+        """Task name -> probability per class, (B, classes)."""
+        return {name: torch.softmax(task.logits(state_BD), dim=-1) for name, task in self.model.profiles.items()}

@@ -1,0 +1,58 @@
+"""Exact top-k by inner product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+NONE = -1
+"""Stands where there is no further item."""
+
+
+def mask_items(score_BN: Tensor, exclude: Sequence[NDArray[np.integer]]) -> Tensor:  # type: ignore[type-arg]
+    """Set the excluded items of each row to -inf, in place."""
+    row = np.repeat(np.arange(len(exclude)), [len(e) for e in exclude])
+    if len(row):
+        items = np.concatenate([np.asarray(e, dtype=np.int64) for e in exclude])
+        score_BN[torch.from_numpy(row), torch.from_numpy(items)] = float("-inf")
+    return score_BN
+
+
+def top_k(score_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row, ties by position -> (item_BK int64, score_BK). -inf is no candidate: NONE, -inf."""
+    k = min(k, score_BN.shape[1])
+    score_BK, item_BK = torch.topk(score_BN, k, dim=1)
+    item_BK, _ = torch.sort(item_BK, dim=1)
+    score_BK = torch.gather(score_BN, 1, item_BK)
+    score_BK, order = torch.sort(score_BK, dim=1, descending=True, stable=True)
+    item_BK = torch.gather(item_BK, 1, order)
+    # where more items than fit share the last score, topk chose among them arbitrarily: take the first ones
+    crowded = (score_BN == score_BK[:, -1:]).sum(1) > (score_BK == score_BK[:, -1:]).sum(1)
+    if crowded.any():
+        full_score, full_item = torch.sort(score_BN[crowded], dim=1, descending=True, stable=True)
+        score_BK[crowded], item_BK[crowded] = full_score[:, :k], full_item[:, :k]
+    return torch.where(torch.isneginf(score_BK), NONE, item_BK), score_BK
+
+
+class ExactIndex:
+    """Inner products of queries with every item vector of the catalogue."""
+
+    kind = "exact"
+
+    def __init__(self, item_vec_ND: Tensor) -> None:
+        self.item_vec_ND = item_vec_ND
+
+    def __len__(self) -> int:
+        return len(self.item_vec_ND)
+
+    def scores(self, query_BD: Tensor) -> Tensor:
+        """score_BN."""
+        return query_BD @ self.item_vec_ND.T
+
+    def search(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+        """Best k items of each row that are not excluded -> (item_BK, score_BK), filled up with NONE."""
+        return top_k(mask_items(self.scores(query_BD), exclude), k)

@@ -1,0 +1,85 @@
+"""What a log is once it has been fitted: the transforms that prepare, batch and serve share.
+
+A `LogSchema` is fitted on the training part, stored in the bundle, and turns what people send (strings,
+labels by name) into what the model reads (integers, floats). It knows no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ActionSpec(_Model):
+    """How one action enters a history token: by its value's embedding, or standardised."""
+
+    name: str
+    values: tuple[float, ...] | None = None
+    mean: float = 0.0
+    std: float = 1.0
+
+
+class LabelStats(_Model):
+    """Training mean and standard deviation of a label (of those present)."""
+
+    count: int
+    mean: float
+    std: float
+
+
+class ContextSpec(_Model):
+    """Vocabulary of a context column; 0 is unknown or missing, values start at 1."""
+
+    name: str
+    values: tuple[str, ...]
+
+    def encode(self, values: Sequence[object | None]) -> NDArray[np.int32]:
+        index = {v: i + 1 for i, v in enumerate(self.values)}
+        return np.array([index.get(str(v), 0) if v is not None else 0 for v in values], dtype=np.int32)
+
+
+class AttributeSpec(_Model):
+    """Classes of a user's attribute; -1 is missing."""
+
+    name: str
+    classes: tuple[str, ...]
+
+
+class LogSchema(_Model):
+    """Everything fitted on the training part of a log."""
+
+    window: int
+    same_time: Literal["group", "order"]
+    exclude_seen: bool
+    protocol: Literal["time", "leave_one_out"]
+    actions: tuple[ActionSpec, ...]
+    labels: dict[str, LabelStats]
+    context: tuple[ContextSpec, ...] = ()
+    attributes: tuple[AttributeSpec, ...] = ()
+    n_items: int
+    n_train_items: int
+    """The first n_train_items of the catalogue have a training event."""
+
+
+def fit_action(name: str, values: tuple[float, ...] | None, kind: str, stats: LabelStats) -> ActionSpec:
+    if kind == "binary":
+        return ActionSpec(name=name, values=(0.0, 1.0))
+    return ActionSpec(name=name, values=values, mean=stats.mean, std=max(stats.std, 1e-6))
+
+
+def bin_names(edges: Sequence[float]) -> tuple[str, ...]:
+    """[25, 35, 50] -> ("<25", "25-34", "35-49", "50+")."""
+    whole = all(float(e).is_integer() for e in edges)
+    show = [str(int(e)) if whole else str(e) for e in edges]
+    middle = [
+        f"{show[i]}-{int(edges[i + 1]) - 1}" if whole else f"{show[i]}-{show[i + 1]}" for i in range(len(edges) - 1)
+    ]
+    return (f"<{show[0]}", *middle, f"{show[-1]}+")

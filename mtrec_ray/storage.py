@@ -1,0 +1,230 @@
+"""Files behind URIs (pyarrow filesystems), and directories that are published by a manifest written last.
+
+A published directory looks like
+
+    ROOT/manifest.json            written last; names the prefix, the files and their checksums
+    ROOT/<fingerprint>/...        the files
+
+so that a reader either finds everything or nothing, on a local disk and on an object store alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+
+
+class StorageError(RuntimeError):
+    """A directory or file that is missing, incomplete or damaged."""
+
+
+def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
+    """URI or local path -> (filesystem, path). Local paths become absolute, since workers change directory."""
+    text = str(uri)
+    if "://" in text:
+        filesystem, path = pafs.FileSystem.from_uri(text)
+        return filesystem, path.rstrip("/")
+    return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+
+
+def is_local(uri: str | Path) -> bool:
+    return isinstance(resolve(uri)[0], pafs.LocalFileSystem)
+
+
+def absolute(uri: str | Path) -> str:
+    """The same place, named so that it means the same in every process."""
+    text = str(uri)
+    return text if "://" in text else resolve(text)[1]
+
+
+def join(uri: str | Path, *parts: str) -> str:
+    return "/".join([str(uri).rstrip("/"), *parts])
+
+
+def exists(uri: str | Path) -> bool:
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def read_bytes(uri: str | Path) -> bytes:
+    filesystem, path = resolve(uri)
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+    except FileNotFoundError:
+        raise StorageError(f"{uri}: not found") from None
+
+
+def write_bytes(uri: str | Path, data: bytes) -> None:
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def read_json(uri: str | Path) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except json.JSONDecodeError as error:
+        raise StorageError(f"{uri}: damaged JSON: {error}") from None
+
+
+def write_json(uri: str | Path, value: Any) -> None:
+    write_bytes(uri, json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode())
+
+
+def write_table(uri: str | Path, table: pa.Table) -> None:
+    filesystem, path = resolve(uri)
+    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+    pq.write_table(table, path, filesystem=filesystem, compression="zstd")
+
+
+def read_table(uri: str | Path, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file, or every `part-*.parquet` of a directory in name order."""
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise StorageError(f"{uri}: not found")
+    paths = [path] if info.is_file else list_files(uri, ".parquet")
+    if not paths:
+        raise StorageError(f"{uri}: no Parquet files")
+    return pa.concat_tables(pq.read_table(p, filesystem=filesystem, columns=columns, partitioning=None) for p in paths)
+
+
+def list_files(uri: str | Path, suffix: str = "") -> list[str]:
+    """Paths (without scheme) of the files below a directory, sorted; hidden files are left out."""
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    return sorted(
+        i.path for i in infos if i.is_file and i.path.endswith(suffix) and not i.base_name.startswith((".", "_"))
+    )
+
+
+def delete(uri: str | Path) -> None:
+    """Delete a file or a directory; nothing happens when there is none."""
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+    elif info.type == pafs.FileType.File:
+        filesystem.delete_file(path)
+
+
+def sha256(data: bytes | str) -> str:
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form."""
+    return sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False))
+
+
+def file_fingerprint(uri: str | Path) -> str:
+    """Content hash of a file, or of every file below a directory."""
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise StorageError(f"{uri}: not found")
+    digest = hashlib.sha256()
+    for p in [path] if info.is_file else list_files(uri):
+        digest.update(p.removeprefix(path).encode())
+        with filesystem.open_input_stream(p) as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Directory:
+    """A published directory.
+
+    Writing: `prefix = directory.begin(fp)`, write below `prefix`, then `directory.publish(...)`.
+    Reading: `directory.prefix`, `directory.manifest`, `directory.path("name")`.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = absolute(root)
+
+    @property
+    def _manifest_uri(self) -> str:
+        return join(self.root, "manifest.json")
+
+    def begin(self, inputs: str) -> str:
+        """A fresh, empty, unpublished prefix for what is made from `inputs` (a fingerprint)."""
+        prefix = join(self.root, inputs[:16])
+        if self.is_published(inputs):
+            delete(self._manifest_uri)  # the same prefix is written anew: never a manifest over half of it
+        delete(prefix)
+        return prefix
+
+    def is_published(self, inputs: str) -> bool:
+        """Whether what is made from `inputs` is here and complete."""
+        if not exists(self._manifest_uri):
+            return False
+        manifest = read_json(self._manifest_uri)
+        return bool(manifest.get("inputs") == inputs and manifest.get("schema_version") == SCHEMA_VERSION)
+
+    def publish(self, inputs: str, **meta: Any) -> dict[str, Any]:
+        """Write the manifest: from now on readers see the prefix. Older prefixes are removed afterwards."""
+        prefix = inputs[:16]
+        base = resolve(join(self.root, prefix))[1]
+        files = {p.removeprefix(base + "/"): file_fingerprint_of_path(self.root, p) for p in list_files(join(self.root, prefix))}
+        manifest = {"schema_version": SCHEMA_VERSION, "inputs": inputs, "prefix": prefix, "files": files, **meta}
+        write_json(self._manifest_uri, manifest)
+        for old in self._prefixes():
+            if old != prefix:
+                delete(join(self.root, old))
+        return manifest
+
+    def _prefixes(self) -> Iterator[str]:
+        filesystem, path = resolve(self.root)
+        for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
+            if info.type == pafs.FileType.Directory:
+                yield info.base_name
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        if not exists(self._manifest_uri):
+            raise StorageError(f"{self.root}: nothing is published here (no manifest.json)")
+        manifest = read_json(self._manifest_uri)
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise StorageError(
+                f"{self.root}: schema_version {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}; "
+                "make it anew with this version"
+            )
+        return dict(manifest)
+
+    @property
+    def prefix(self) -> str:
+        return join(self.root, self.manifest["prefix"])
+
+    def path(self, *parts: str) -> str:
+        return join(self.prefix, *parts)
+
+    def verify(self) -> None:
+        """Raise StorageError unless every file is there with its checksum."""
+        manifest = self.manifest
+        for name, expected in manifest["files"].items():
+            uri = join(self.root, manifest["prefix"], name)
+            if not exists(uri):
+                raise StorageError(f"{uri}: missing, though the manifest names it")
+            if sha256(read_bytes(uri)) != expected:
+                raise StorageError(f"{uri}: checksum differs from the manifest; the file is damaged or was changed")
+
+
+def file_fingerprint_of_path(root: str, path: str) -> str:
+    """SHA-256 of one file given as a path on `root`'s filesystem."""
+    filesystem, _ = resolve(root)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""The contract of a task: what it counts, its loss, and (for pointwise tasks) its prediction.
+
+A kind of task is one file here and one line in `mtrec_ray/tasks/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mtrec_ray.models.batch import Batch
+
+
+@dataclass
+class Forward:
+    """One trunk pass over a batch, as the tasks see it."""
+
+    state_BLD: Tensor
+    item_vec_ND: Tensor
+    """Vectors of the training catalogue."""
+    shared_MH: Tensor | None
+    """Output of the sharing layers per target; None when no task is pointwise."""
+
+
+class Task(nn.Module):
+    """A task of the model.
+
+    `count(batch)` is the number of valid labels (or sum of weights) in this rank's batch; `loss_sum` is the sum
+    of losses over them. The loop divides by the global count, so that no result depends on the world size.
+    """
+
+    name: str
+    pointwise = False
+    """Whether the task reads the sharing layers and gives a number per (user, item)."""
+
+    def count(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+
+class PointwiseTask(Task):
+    """A task with a number per (user, item)."""
+
+    pointwise = True
+
+    def predict(self, shared: Tensor) -> Tensor:
+        """Output of the sharing layers (..., H) -> prediction in the label's units (...)."""
+        raise NotImplementedError
+
+    def final(self, prediction: Tensor) -> Tensor:
+        """g of the final score Σ w·g, from the prediction."""
+        raise NotImplementedError

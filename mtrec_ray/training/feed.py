@@ -1,0 +1,248 @@
+"""The `cached` feed: memory-mapped windows, a seeded global permutation, constant global batches.
+
+Each rank takes its slice of every global batch; the cursor is (epoch, step), so a run can stop and go on
+anywhere, and nothing is dropped: the last batch of an epoch is just smaller.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from mtrec_ray import storage
+from mtrec_ray.models.batch import Batch, TargetBatch, collate_history
+from mtrec_ray.schema import LogSchema
+
+_RAGGED = {"history": "history", "target": "target", "label": "target", "seen": "seen"}
+"""First word of a list column -> the group whose offsets it shares."""
+
+
+class WindowCache:
+    """Windows as flat arrays: `columns[name]` and, for lists, `offsets["history" | "target" | "seen"]`."""
+
+    def __init__(self, columns: dict[str, NDArray[Any]], offsets: dict[str, NDArray[np.int64]], user_ids: pa.Array) -> None:
+        self.columns, self.offsets, self.user_ids = columns, offsets, user_ids
+
+    def __len__(self) -> int:
+        return len(self.columns["window"])
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> WindowCache:
+        """In memory, from the Parquet form (evaluation, tests)."""
+        columns: dict[str, NDArray[Any]] = {}
+        offsets: dict[str, NDArray[np.int64]] = {}
+        for name in table.column_names:
+            if name == "user_id":
+                continue
+            column = table[name].combine_chunks()
+            if pa.types.is_list(column.type):
+                columns[name] = column.flatten().to_numpy(zero_copy_only=False)
+                lengths = np.diff(column.offsets.to_numpy())
+                offsets[_RAGGED[name.split("_", 1)[0]]] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            else:
+                columns[name] = column.to_numpy(zero_copy_only=False)
+        return cls(columns, offsets, table["user_id"].combine_chunks())
+
+    @classmethod
+    def build(cls, windows_uri: str, folder: str | Path) -> Path:
+        """Write the flat form of a directory of window files into `folder`, file by file; reuse it if it is there.
+
+        Every process of a node may call it at once: one of them wins, all find the same content.
+        """
+        folder = Path(folder)
+        if (folder / "user_id.arrow").exists():
+            return folder
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+        draft.mkdir(parents=True, exist_ok=True)
+        kinds: dict[str, str] = {}
+        ends = dict.fromkeys(_RAGGED.values(), 0)
+        users = []
+        filesystem, _ = storage.resolve(windows_uri)
+
+        def append(name: str, values: NDArray[Any]) -> None:
+            kinds[name] = values.dtype.str
+            with open(draft / f"{name}.bin", "ab") as handle:
+                handle.write(np.ascontiguousarray(values).tobytes())
+
+        for path in storage.list_files(windows_uri, ".parquet"):
+            part = cls.from_table(pq.read_table(path, filesystem=filesystem))
+            users.append(part.user_ids)
+            for name, values in part.columns.items():
+                append(name, values)
+            for group, values in part.offsets.items():
+                append(f"{group}.offsets", values[1:] + ends[group] if f"{group}.offsets" in kinds else values)
+                ends[group] += int(values[-1])
+        storage.write_json(draft / "dtypes.json", kinds)
+        with pa.OSFile(str(draft / "user_id.arrow"), "wb") as sink:
+            table = pa.table({"user_id": pa.chunked_array(users, pa.string())})
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+        try:
+            draft.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(draft, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def open(cls, folder: str | Path) -> WindowCache:
+        """Memory-map a folder made by `build`."""
+        folder = Path(folder)
+        kinds = storage.read_json(folder / "dtypes.json")
+        columns, offsets = {}, {}
+        for name, kind in kinds.items():
+            path = folder / f"{name}.bin"
+            empty = path.stat().st_size == 0
+            values = np.zeros(0, kind) if empty else np.memmap(path, dtype=kind, mode="r")
+            if name.endswith(".offsets"):
+                offsets[name.removesuffix(".offsets")] = values
+            else:
+                columns[name] = values
+        with pa.memory_map(str(folder / "user_id.arrow")) as source:
+            user_ids = pa.ipc.open_file(source).read_all()["user_id"].combine_chunks()
+        return cls(columns, offsets, user_ids)
+
+    def gather(self, group: str, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ragged ranges of some windows -> (flat positions into the group's columns, length of each)."""
+        start, stop = self.offsets[group][index], self.offsets[group][index + 1]
+        length = np.asarray(stop - start)
+        begin = np.concatenate([[0], np.cumsum(length)])[:-1]
+        return np.arange(length.sum()) + np.repeat(start - begin, length), length
+
+
+class PairSampler:
+    """Similarity pairs of a batch: (a history item, a positive target) of one user, close in place and time.
+
+    Drawn by hashing (seed, epoch, row of the target), so they do not depend on ranks or batches.
+    """
+
+    def __init__(self, within_positions: int, within_hours: float, share: float, seed: int) -> None:
+        self.within, self.within_ms, self.share, self.seed = within_positions, within_hours * 3.6e6, share, seed
+
+    def __call__(
+        self, cache: WindowCache, epoch: int, target: NDArray[np.int64], history_start: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """target: flat positions; history_start: flat position of each target's window's history."""
+        columns = cache.columns
+        noise = _hash(columns["target_row"][target], self.seed * 1_000_003 + epoch)
+        back = 1 + (noise >> np.uint64(8)) % np.uint64(self.within)
+        pos = columns["target_pos"][target].astype(np.int64)
+        chosen = (noise % np.uint64(256)) < np.uint64(round(self.share * 256))
+        chosen &= columns["target_positive"][target].astype(bool) & (pos >= back.astype(np.int64))
+        target, anchor = target[chosen], (history_start + pos - back.astype(np.int64))[chosen]
+        near = columns["target_time"][target] - columns["history_time"][anchor] <= self.within_ms
+        a, b = columns["history_item"][anchor].astype(np.int64), columns["target_item"][target].astype(np.int64)
+        near &= a != b
+        return a[near], b[near]
+
+
+def _hash(values: NDArray[np.integer[Any]], seed: int) -> NDArray[np.uint64]:
+    """splitmix64 (Steele et al. 2014) of (value, seed)."""
+    with np.errstate(over="ignore"):
+        z = values.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def collate(
+    cache: WindowCache,
+    index: NDArray[np.int64],
+    schema: LogSchema,
+    *,
+    masked_folds: tuple[int, ...] = (),
+    pairs: PairSampler | None = None,
+    epoch: int = 0,
+    step: int = 0,
+) -> Batch:
+    """Some windows -> a batch. Users of `masked_folds` come without profile labels."""
+    columns = cache.columns
+    h, h_length = cache.gather("history", index)
+    t, t_length = cache.gather("target", index)
+
+    def tensor(values: NDArray[Any], dtype: Any) -> torch.Tensor:
+        return torch.from_numpy(values.astype(dtype))
+
+    history = collate_history(
+        columns["history_item"][h],
+        columns["history_time"][h],
+        h_length,
+        {a.name: columns[f"history_action_{a.name}"][h] for a in schema.actions},
+        {c.name: columns[f"history_context_{c.name}"][h] for c in schema.context},
+    )
+    targets = TargetBatch(
+        window_M=torch.from_numpy(np.repeat(np.arange(len(index)), t_length)),
+        pos_M=tensor(columns["target_pos"][t], np.int64),
+        item_M=tensor(columns["target_item"][t], np.int64),
+        positive_M=tensor(columns["target_positive"][t], bool),
+        labels_M={n: tensor(columns[f"label_{n}"][t], np.float32) for n in schema.labels},
+        context_M={c.name: tensor(columns[f"target_context_{c.name}"][t], np.int64) for c in schema.context},
+    )
+    masked = np.isin(columns["fold"][index], masked_folds)
+    profile = {}
+    for a in schema.attributes:
+        profile[a.name] = tensor(np.where(masked, -1, columns[f"profile_{a.name}"][index]), np.int64)
+    anchor = positive = np.zeros(0, np.int64)
+    if pairs is not None:
+        anchor, positive = pairs(cache, epoch, t, np.repeat(cache.offsets["history"][index], t_length))
+    return Batch(
+        history=history,
+        targets=targets,
+        profile_B=profile,
+        profile_weight_B=tensor(columns["profile_weight"][index], np.float32),
+        pair_anchor_P=torch.from_numpy(anchor),
+        pair_positive_P=torch.from_numpy(positive),
+        step=step,
+    )
+
+
+class CachedFeed:
+    """Batches of one rank. `epoch(e, first_step)` yields, per step of the epoch, this rank's micro-batches."""
+
+    def __init__(
+        self,
+        cache: WindowCache,
+        schema: LogSchema,
+        *,
+        batch_windows: int,
+        accumulate: int,
+        seed: int,
+        rank: int,
+        world: int,
+        masked_folds: tuple[int, ...],
+        pairs: PairSampler | None,
+    ) -> None:
+        self.cache, self.schema = cache, schema
+        self.batch_windows, self.accumulate, self.seed = batch_windows, accumulate, seed
+        self.rank, self.world = rank, world
+        self.masked_folds, self.pairs = masked_folds, pairs
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.cache) // self.batch_windows)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.cache))
+        for step in range(first_step, self.steps_per_epoch):
+            whole = order[step * self.batch_windows : (step + 1) * self.batch_windows]
+            mine = np.array_split(whole, self.world)[self.rank]
+            yield [
+                collate(
+                    self.cache,
+                    np.sort(micro),
+                    self.schema,
+                    masked_folds=self.masked_folds,
+                    pairs=self.pairs,
+                    epoch=epoch,
+                    step=epoch * self.steps_per_epoch + step,
+                )
+                for micro in np.array_split(mine, self.accumulate)
+            ]

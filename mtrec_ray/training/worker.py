@@ -1,0 +1,110 @@
+"""One training worker: prepared data and text vectors -> a fitted model. It knows no Ray."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from mtrec_ray import storage
+from mtrec_ray.config import RunConfig, SimilarityTask, load_config
+from mtrec_ray.evaluation.evaluate import Records, evaluate_windows, summarise
+from mtrec_ray.models.recommender import Recommender
+from mtrec_ray.predictor import Predictor
+from mtrec_ray.schema import LogSchema
+from mtrec_ray.training import checkpoint, distributed
+from mtrec_ray.training.feed import CachedFeed, PairSampler, WindowCache
+from mtrec_ray.training.loop import Fitted, Metrics, Report, fit
+
+
+def load_schema(data_prefix: str) -> LogSchema:
+    return LogSchema.model_validate_json(storage.read_bytes(storage.join(data_prefix, "schema.json")))
+
+
+def load_text(uri: str | None) -> torch.Tensor | None:
+    """Text vectors of the catalogue, text_NE float32; None without text."""
+    if uri is None:
+        return None
+    import io
+
+    return torch.from_numpy(np.load(io.BytesIO(storage.read_bytes(uri))))
+
+
+def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | None) -> Recommender:
+    """The model with weights that depend on the seed alone."""
+    torch.manual_seed(config.seed)
+    return Recommender(config, schema, text_NE)
+
+
+def build_feed(config: RunConfig, schema: LogSchema, cache: WindowCache, rank: int, world: int) -> CachedFeed:
+    task = next((t for t in config.tasks.values() if isinstance(t, SimilarityTask)), None)
+    pairs = None if task is None else PairSampler(task.within_positions, task.within_hours, task.share, config.seed)
+    folds = (*config.evaluation.profile_folds_test, config.evaluation.profile_fold_valid)
+    return CachedFeed(
+        cache, schema, batch_windows=config.train.batch_windows, accumulate=config.train.accumulate, seed=config.seed,
+        rank=rank, world=world, masked_folds=folds, pairs=pairs,
+    )  # fmt: skip
+
+
+def valid_evaluator(config: RunConfig, schema: LogSchema, catalogue: pa.Table, cache: WindowCache) -> Any:
+    """model -> metrics on valid: each rank measures its share of the moments, all ranks see the whole."""
+
+    def evaluate(model: Recommender) -> Metrics:
+        with torch.no_grad():
+            item_vec_ND = model.item_vectors().cpu()
+        predictor = Predictor(config, schema, catalogue, model.cpu(), item_vec_ND, fingerprint="training")
+        mine = np.array_split(np.arange(len(cache)), distributed.world_size())[distributed.rank()]
+        records = evaluate_windows(predictor, cache, mine, config.evaluation.batch_windows)
+        whole = Records.merge(distributed.gather_objects(records))
+        return summarise(predictor, whole, (config.evaluation.profile_fold_valid,))
+
+    return evaluate
+
+
+def run_worker(
+    config: RunConfig, data_prefix: str, text_uri: str | None, report: Report, resume: dict[str, Any] | None = None
+) -> Fitted:
+    """Train as this rank of an (optional) process group; every rank returns the same best weights."""
+    torch.set_num_threads(config.train.threads)
+    rank, world = distributed.rank(), distributed.world_size()
+    schema = load_schema(data_prefix)
+    catalogue = storage.read_table(storage.join(data_prefix, "catalogue.parquet"))
+    train_uri = storage.join(data_prefix, "windows", "train")
+    folder = Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / storage.sha256(train_uri)[:16]
+    cache = WindowCache.open(WindowCache.build(train_uri, folder))
+    valid = WindowCache.from_table(storage.read_table(storage.join(data_prefix, "windows", "valid")))
+    model = build_model(config, schema, load_text(text_uri))
+    feed = build_feed(config, schema, cache, rank, world)
+    device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
+    return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, resume, device)
+
+
+def main() -> None:
+    """Command line of `python -m mtrec_ray.training.loop` and `torchrun -m mtrec_ray.training.loop`."""
+    parser = argparse.ArgumentParser(description="Train on prepared data with plain torch, without Ray.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--data", required=True, help="published data directory (runs/NAME/data)")
+    parser.add_argument("--text", help="text vectors (.npy)")
+    parser.add_argument("--out", required=True, help="folder for the checkpoint; an existing one is resumed")
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+
+    def report(epoch: int, scalars: dict[str, float], state: dict[str, Any] | None) -> None:
+        if state is not None:
+            checkpoint.save(args.out, state)
+
+    config = load_config(args.config, args.overrides)
+    run_worker(config, storage.Directory(args.data).prefix, args.text, report, checkpoint.load(args.out))
+    if dist.is_initialized():
+        dist.destroy_process_group()
