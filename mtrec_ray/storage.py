@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ class Directory:
     def _prefixes(self) -> Iterator[str]:
         filesystem, path = resolve(self.root)
         for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)):
-            if info.type == pafs.FileType.Directory:
+            if info.type == pafs.FileType.Directory and re.fullmatch("[0-9a-f]{16}", info.base_name):
                 yield info.base_name
 
     @property

@@ -28,6 +28,7 @@ from mtrec_ray import storage
 from mtrec_ray.config import DataConfig, RunConfig
 from mtrec_ray.data import sources, windows
 from mtrec_ray.data.catalogue import build_catalogue, read_items, read_users
+from mtrec_ray.data.partition import user_partition
 from mtrec_ray.data.validate import ITEM, QUARANTINE, TIME, USER, event_schema, needed_columns, quarantine_rows, validate
 from mtrec_ray.expressions import Expression
 from mtrec_ray.schema import AttributeSpec, ContextSpec, LabelStats, LogSchema, bin_names, fit_action
@@ -87,7 +88,7 @@ def prepare(config: RunConfig, root: str) -> storage.Directory:
     if not fitted["positives"]:
         raise DataError(f"no training event is a retrieval positive ({config.positive_expression!r})")
     rows["users_without_attributes"] = fitted["users_without_attributes"]
-    directory.publish(inputs, kind="data", rows=rows, cuts=list(cuts), test_sha256=_test_hash(prefix, catalogue))
+    directory.publish(inputs, kind="data", partitions=job.partitions, rows=rows, cuts=list(cuts), test_sha256=_test_hash(prefix, catalogue))
     log.info("prepare: %s", rows)
     return directory
 
@@ -170,8 +171,8 @@ def _read_and_validate(job: _Job, unit: sources.Unit) -> Iterator[pa.Table]:
             rows, texts = zip(*broken, strict=True)
             why = ["wrong number of columns"] * len(rows)
             rejected.append(pa.table([pa.array(rows, pa.int64()), [unit.path] * len(rows), why, list(texts)], schema=QUARANTINE))
-        hashed = pd.util.hash_array(good[USER].to_pandas().to_numpy(dtype=object), categorize=False) % job.partitions
-        yield good.append_column(schema.field("__part__"), pa.array(hashed.astype(np.int32)))
+        part = user_partition(good[USER].to_pandas().to_numpy(dtype=object), job.partitions)
+        yield good.append_column(schema.field("__part__"), pa.array(part))
     bad = pa.concat_tables(rejected) if rejected else QUARANTINE.empty_table()
     if len(bad):
         storage.write_table(job.part("quarantine", unit.number), bad)

@@ -30,7 +30,7 @@ class Layer(nn.Module):
         # no dropout on attention weights: it keeps CPUs and GPUs from the fused kernel (3.5 x slower here)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x_BLD = x_BLD + self.dropout(self.out(attended.transpose(1, 2).reshape(B, L, D)))
-        return x_BLD + self.dropout(self.down(self.dropout(F.gelu(self.up(self.norm_forward(x_BLD))))))  # type: ignore[no-any-return]
+        return x_BLD + self.dropout(self.down(F.gelu(self.up(self.norm_forward(x_BLD)))))  # type: ignore[no-any-return]
 
 
 class Trunk(nn.Module):

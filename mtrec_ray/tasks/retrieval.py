@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mtrec_ray.models.batch import Batch
 from mtrec_ray.tasks.base import Forward, Task
@@ -29,6 +30,5 @@ class Retrieval(Task):
         place = targets.window_M[positive] * L + targets.pos_M[positive]
         distinct, row = torch.unique(place, return_inverse=True)
         state_RD = forward.state_BLD.flatten(0, 1)[distinct]
-        logit_RN = self.query(state_RD) @ forward.item_vec_ND.T
-        log_z_R = torch.logsumexp(logit_RN, dim=1)
-        return (log_z_R[row] - logit_RN[row, targets.item_M[positive]]).sum()
+        log_p_RN = F.log_softmax(self.query(state_RD) @ forward.item_vec_ND.T, dim=1)
+        return -log_p_RN[row, targets.item_M[positive]].sum()

@@ -32,5 +32,5 @@ class Similarity(Task):
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
         vec_ND = self.vectors(forward.item_vec_ND)
         logit_PN = vec_ND[batch.pair_anchor_P] @ vec_ND.T / self.temperature
-        self_mask = F.one_hot(batch.pair_anchor_P, len(vec_ND)).bool()
-        return F.cross_entropy(logit_PN.masked_fill(self_mask, float("-inf")), batch.pair_positive_P, reduction="sum")
+        logit_PN = logit_PN.scatter(1, batch.pair_anchor_P[:, None], float("-inf"))
+        return F.cross_entropy(logit_PN, batch.pair_positive_P, reduction="sum")

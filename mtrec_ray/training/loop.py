@@ -1,7 +1,7 @@
 """The training loop: plain torch, the same alone, under torchrun and under Ray Train.
 
-    python -m mtrec_ray.training.loop --config FILE --data DIR [--text FILE] --out DIR
-    torchrun --nproc-per-node 2 -m mtrec_ray.training.loop --config FILE --data DIR [--text FILE] --out DIR
+    python -m mtrec_ray.training.loop --config FILE --data DIR [--text DIR] --out DIR
+    torchrun --nproc-per-node 2 -m mtrec_ray.training.loop --config FILE --data DIR [--text DIR] --out DIR
 
 Every loss is divided by the global count of its labels and scaled by the world size (DDP averages), so one
 worker and N workers make the same update from the same global batch (DESIGN §1.5).

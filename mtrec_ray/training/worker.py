@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
+from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.evaluation.evaluate import Records, evaluate_windows, summarise
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
@@ -27,15 +28,6 @@ from mtrec_ray.training.loop import Fitted, Metrics, Report, fit
 
 def load_schema(data_prefix: str) -> LogSchema:
     return LogSchema.model_validate_json(storage.read_bytes(storage.join(data_prefix, "schema.json")))
-
-
-def load_text(uri: str | None) -> torch.Tensor | None:
-    """Text vectors of the catalogue, text_NE float32; None without text."""
-    if uri is None:
-        return None
-    import io
-
-    return torch.from_numpy(np.load(io.BytesIO(storage.read_bytes(uri))))
 
 
 def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | None) -> Recommender:
@@ -70,7 +62,7 @@ def valid_evaluator(config: RunConfig, schema: LogSchema, catalogue: pa.Table, c
 
 
 def run_worker(
-    config: RunConfig, data_prefix: str, text_uri: str | None, report: Report, resume: dict[str, Any] | None = None
+    config: RunConfig, data_prefix: str, text_prefix: str | None, report: Report, resume: dict[str, Any] | None = None
 ) -> Fitted:
     """Train as this rank of an (optional) process group; every rank returns the same best weights."""
     torch.set_num_threads(config.train.threads)
@@ -81,7 +73,8 @@ def run_worker(
     folder = Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / storage.sha256(train_uri)[:16]
     cache = WindowCache.open(WindowCache.build(train_uri, folder))
     valid = WindowCache.from_table(storage.read_table(storage.join(data_prefix, "windows", "valid")))
-    model = build_model(config, schema, load_text(text_uri))
+    text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
+    model = build_model(config, schema, text_NE)
     feed = build_feed(config, schema, cache, rank, world)
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
     return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, resume, device)
@@ -92,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train on prepared data with plain torch, without Ray.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--data", required=True, help="published data directory (runs/NAME/data)")
-    parser.add_argument("--text", help="text vectors (.npy)")
+    parser.add_argument("--text", help="published text vectors (runs/NAME/text)")
     parser.add_argument("--out", required=True, help="folder for the checkpoint; an existing one is resumed")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_args()
@@ -105,6 +98,7 @@ def main() -> None:
             checkpoint.save(args.out, state)
 
     config = load_config(args.config, args.overrides)
-    run_worker(config, storage.Directory(args.data).prefix, args.text, report, checkpoint.load(args.out))
+    text = None if args.text is None else storage.Directory(args.text).prefix
+    run_worker(config, storage.Directory(args.data).prefix, text, report, checkpoint.load(args.out))
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,45 @@
+"""What the jobs share: parse, run stages, say errors plainly."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from mtrec_ray.config import load_config
+from mtrec_ray.pipeline import run_stages
+
+USER_ERRORS = (ValueError, RuntimeError)
+
+
+def main(stages: tuple[str, ...], description: str, argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one message on standard error for a mistake that the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m jobs." + (stages[0] if len(stages) == 1 else "pipeline"), description=description)
+    parser.add_argument("--config", required=True, help="YAML of the run, such as jobs/configs/ml100k.yaml")
+    parser.add_argument("--out", help="run directory or URI (default runs/NAME with the config's name)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, such as tasks.rating.weight=0.5")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        config = load_config(args.config, args.overrides)
+        run_stages(config, args.out or f"runs/{config.name}", stages)
+    except USER_ERRORS as error:
+        if args.debug:
+            raise
+        print(f"error: {plain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def plain(error: BaseException) -> str:
+    """The message of an error; of one raised in a worker, its cause's."""
+    cause = getattr(error, "cause", None)
+    while isinstance(cause, BaseException):
+        error, cause = cause, getattr(cause, "cause", None)
+    return str(error) or type(error).__name__

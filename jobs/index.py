@@ -1,0 +1,11 @@
+"""Build the bundle.
+
+python -m jobs.index --config jobs/configs/ml100k.yaml --out runs/ml100k [key=value ...]
+"""
+
+import sys
+
+from jobs.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(("index",), "Build the bundle."))

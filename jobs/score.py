@@ -1,0 +1,11 @@
+"""Write every user's top list.
+
+python -m jobs.score --config jobs/configs/ml100k.yaml --out runs/ml100k [key=value ...]
+"""
+
+import sys
+
+from jobs.command import main
+
+if __name__ == "__main__":
+    sys.exit(main(("score",), "Write every user's top list."))

@@ -1,0 +1,103 @@
+"""The bundle: everything a trained recommender is, in one published, fingerprinted directory.
+
+    ROOT/manifest.json                  written last by evaluation: publishes
+    ROOT/<inputs>/config.json           the run's configuration
+    ROOT/<inputs>/schema.json           fitted transforms (LogSchema)
+    ROOT/<inputs>/catalogue.parquet     ids, titles, texts, popularity (the fallback)
+    ROOT/<inputs>/text_encoder.json     which TextEncoder made the text vectors
+    ROOT/<inputs>/weights.safetensors   the model
+    ROOT/<inputs>/items.safetensors     item_vec_ND
+    ROOT/<inputs>/index.json            how candidates are searched
+    ROOT/<inputs>/fingerprint.json      SHA-256 over all of the above
+    ROOT/<inputs>/metrics.json          added by evaluation; not part of the fingerprint
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from mtrec_ray import storage
+from mtrec_ray.config import RunConfig
+from mtrec_ray.models.recommender import Recommender
+from mtrec_ray.predictor import Predictor
+from mtrec_ray.schema import LogSchema
+
+_UNHASHED = ("metrics.json", "fingerprint.json")
+
+
+class BundleError(storage.StorageError):
+    """A bundle that is missing, incomplete, damaged or of another schema version."""
+
+
+def write(
+    prefix: str,
+    config: RunConfig,
+    schema: LogSchema,
+    catalogue: pa.Table,
+    model: Recommender,
+    text_encoder: dict[str, Any] | None,
+) -> str:
+    """Write an unpublished bundle that `load(prefix)` can already read -> its fingerprint."""
+    model = model.eval()
+    with torch.no_grad():
+        item_vec_ND = model.item_vectors()
+    text_width = 0 if model.text_NE is None else int(model.text_NE.shape[1])  # type: ignore[union-attr, index]
+    files = {
+        "config.json": config.model_dump_json(indent=1).encode(),
+        "schema.json": schema.model_dump_json(indent=1).encode(),
+        "text_encoder.json": json.dumps({"encoder": text_encoder, "width": text_width}, sort_keys=True).encode(),
+        "weights.safetensors": save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}),
+        "items.safetensors": save_tensors({"item_vec_ND": item_vec_ND.contiguous()}),
+        "index.json": json.dumps({"kind": "exact"}).encode(),
+    }
+    for name, content in files.items():
+        storage.write_bytes(storage.join(prefix, name), content)
+    storage.write_table(storage.join(prefix, "catalogue.parquet"), catalogue)
+    fingerprint = compute_fingerprint(prefix)
+    storage.write_json(storage.join(prefix, "fingerprint.json"), {"fingerprint": fingerprint, "schema_version": storage.SCHEMA_VERSION})
+    return fingerprint
+
+
+def compute_fingerprint(prefix: str) -> str:
+    """SHA-256 over the names and contents of every file but the metrics."""
+    base = storage.resolve(prefix)[1]
+    names = {p.removeprefix(base + "/"): p for p in storage.list_files(prefix)}
+    hashes = {n: storage.file_fingerprint_of_path(prefix, p) for n, p in names.items() if n not in _UNHASHED}
+    return storage.fingerprint({"schema_version": storage.SCHEMA_VERSION, "files": hashes})
+
+
+def load(uri: str, verify: bool = True) -> Predictor:
+    """A predictor from a published bundle (`runs/NAME/bundle`) or from an unpublished prefix.
+
+    verify: hash the files and compare with the fingerprint.
+    Raises BundleError, saying what is wrong.
+    """
+    prefix = uri
+    if not storage.exists(storage.join(uri, "fingerprint.json")):
+        try:
+            prefix = storage.Directory(uri).prefix
+        except storage.StorageError as error:
+            raise BundleError(f"no bundle: {error}; python -m jobs.pipeline makes one") from None
+    stated = storage.read_json(storage.join(prefix, "fingerprint.json"))
+    if stated.get("schema_version") != storage.SCHEMA_VERSION:
+        raise BundleError(f"{prefix}: schema_version {stated.get('schema_version')!r}, this version reads {storage.SCHEMA_VERSION}")
+    if verify and compute_fingerprint(prefix) != stated["fingerprint"]:
+        raise BundleError(f"{prefix}: the files do not match the fingerprint {stated['fingerprint'][:12]}: damaged or changed")
+
+    def read(name: str) -> bytes:
+        return storage.read_bytes(storage.join(prefix, name))
+
+    config = RunConfig.model_validate_json(read("config.json"))
+    schema = LogSchema.model_validate_json(read("schema.json"))
+    catalogue = storage.read_table(storage.join(prefix, "catalogue.parquet"))
+    width = json.loads(read("text_encoder.json"))["width"]
+    model = Recommender(config, schema, torch.zeros(0, width) if width else None)
+    model.load_state_dict(load_tensors(read("weights.safetensors")))
+    item_vec_ND = load_tensors(read("items.safetensors"))["item_vec_ND"]
+    return Predictor(config, schema, catalogue, model, item_vec_ND, stated["fingerprint"])

@@ -1,0 +1,168 @@
+"""The main job: prepare → encode → train → index → evaluate → score, each stage reused when its inputs are unchanged.
+
+Every stage is also a job of its own (`python -m jobs.STAGE`). Where things lie below `runs/NAME`:
+
+    data/ text/ train/    published directories of the first three stages
+    bundle/               the bundle; evaluation publishes it
+    metrics.json          what evaluation measured, with rows, timing and memory of every stage
+    scores/*.parquet      top lists of every user
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from mtrec_ray import bundle, runtime, storage
+from mtrec_ray.config import RunConfig
+from mtrec_ray.data.prepare import prepare
+from mtrec_ray.encoders.bulk import encode
+from mtrec_ray.encoders.cache import load_text_vectors
+from mtrec_ray.evaluation.runner import evaluate
+from mtrec_ray.scoring.batch import score
+from mtrec_ray.training.trainer import train
+from mtrec_ray.training.worker import build_model, load_schema
+from mtrec_ray.watch import Watch
+
+log = logging.getLogger(__name__)
+
+STAGES = ("prepare", "encode", "train", "index", "evaluate", "score")
+
+
+class StageError(RuntimeError):
+    """A stage that was asked for before the one it needs."""
+
+
+class Run:
+    """One run directory and the stages that fill it."""
+
+    def __init__(self, config: RunConfig, out: str) -> None:
+        self.config, self.out = config, storage.absolute(out)
+        self.data = storage.Directory(self.path("data"))
+        self.text = storage.Directory(self.path("text"))
+        self.trained = storage.Directory(self.path("train"))
+        self.bundle = storage.Directory(self.path("bundle"))
+
+    def path(self, *parts: str) -> str:
+        return storage.join(self.out, *parts)
+
+    def stage(self, name: str) -> None:
+        """Run one stage, with its time and memory noted in stages.json. Raises StageError when an earlier one is
+        missing."""
+        work: Callable[[], Any] = getattr(self, f"_{name}")
+        log.info("%s: start", name)
+        with Watch() as watch:
+            reused = work() is False
+        notes = self.notes()
+        if not reused or name not in notes:
+            notes[name] = {"seconds": round(watch.seconds, 3), "peak_rss_mib": round(watch.peak_mib, 1)}
+            storage.write_json(self.path("stages.json"), notes)
+        if name in ("evaluate", "score") or not reused:
+            self._write_metrics()
+        log.info("%s: %s in %.1f s, largest process %.0f MiB", name, "reused" if reused else "done", watch.seconds, watch.peak_mib)
+
+    def notes(self) -> dict[str, dict[str, float]]:
+        uri = self.path("stages.json")
+        return dict(storage.read_json(uri)) if storage.exists(uri) else {}
+
+    # -- stages; each returns False when there was nothing to do
+
+    def _prepare(self) -> bool:
+        return _changed(self.data, lambda: prepare(self.config, self.data.root))
+
+    def _encode(self) -> bool:
+        self._need(self.data, "prepare")
+        return _changed(self.text, lambda: encode(self.config, self.data, self.text.root))
+
+    def _text(self) -> storage.Directory | None:
+        if self.config.encoder is None:
+            return None
+        self._need(self.text, "encode")
+        return self.text
+
+    def _train(self) -> bool:
+        self._need(self.data, "prepare")
+        text = self._text()
+        return _changed(self.trained, lambda: train(self.config, self.data, text, self.trained.root))
+
+    def _bundle_inputs(self) -> str:
+        self._need(self.trained, "train")
+        # how the run is scored afterwards is no part of what is served
+        config = self.config.model_dump(mode="json", exclude={"scoring"})
+        return storage.fingerprint({"train": self.trained.manifest["inputs"], "config": config})
+
+    def _index(self) -> bool:
+        inputs = self._bundle_inputs()
+        prefix = storage.join(self.bundle.root, inputs[:16])
+        if storage.exists(storage.join(prefix, "fingerprint.json")):
+            stated = storage.read_json(storage.join(prefix, "fingerprint.json"))["fingerprint"]
+            if bundle.compute_fingerprint(prefix) == stated:
+                return False
+        from safetensors.torch import load as load_tensors
+
+        prefix = self.bundle.begin(inputs)
+        schema, text = load_schema(self.data.prefix), self._text()
+        catalogue = storage.read_table(self.data.path("catalogue.parquet"))
+        text_NE = None if text is None else load_text_vectors(text.prefix, catalogue)
+        model = build_model(self.config, schema, text_NE)
+        model.load_state_dict(load_tensors(storage.read_bytes(self.trained.path("weights.safetensors"))))
+        bundle.write(prefix, self.config, schema, catalogue, model, None if text is None else text.manifest["encoder"])
+        return True
+
+    def _evaluate(self) -> bool:
+        inputs = self._bundle_inputs()
+        prefix = storage.join(self.bundle.root, inputs[:16])
+        if not storage.exists(storage.join(prefix, "fingerprint.json")):
+            raise StageError(f"{self.bundle.root}: no indexed bundle of this config; run jobs.index first")
+        if self.bundle.is_published(inputs) and storage.exists(storage.join(prefix, "metrics.json")):
+            return False
+        storage.write_json(storage.join(prefix, "metrics.json"), evaluate(self.config, self.data, prefix))
+        fingerprint = storage.read_json(storage.join(prefix, "fingerprint.json"))["fingerprint"]
+        self.bundle.publish(inputs, kind="bundle", fingerprint=fingerprint)
+        return True
+
+    def _score(self) -> bool:
+        self._need(self.bundle, "evaluate")
+        before = self._score_identity()
+        score(self.config, self.data, self.bundle.root, self.path("scores"))
+        return before != self._score_identity()
+
+    def _score_identity(self) -> Any:
+        uri = self.path("scores", "manifest.json")
+        return storage.read_json(uri)["identity"] if storage.exists(uri) else None
+
+    def _write_metrics(self) -> None:
+        """metrics.json: the published bundle's metrics with rows, timing and memory."""
+        if not storage.exists(storage.join(self.bundle.root, "manifest.json")):
+            return
+        metrics = storage.read_json(self.bundle.path("metrics.json"))
+        notes = self.notes()
+        metrics["rows"] = {"data": self.data.manifest["rows"], "training": self.trained.manifest["training"]}
+        metrics["timing"] = {name: note["seconds"] for name, note in notes.items()}
+        metrics["peak_rss_mib"] = {name: note["peak_rss_mib"] for name, note in notes.items()}
+        storage.write_json(self.path("metrics.json"), metrics)
+
+    def _need(self, directory: storage.Directory, stage: str) -> None:
+        if not storage.exists(storage.join(directory.root, "manifest.json")):
+            raise StageError(f"{directory.root}: nothing published yet; run jobs.{stage} first")
+
+
+def _changed(directory: storage.Directory, work: Callable[[], Any]) -> bool:
+    def inputs() -> Any:
+        published = storage.exists(storage.join(directory.root, "manifest.json"))
+        return directory.manifest["inputs"] if published else None
+
+    before = inputs()
+    work()
+    return before != inputs() or before is None and inputs() is not None
+
+
+def run_stages(config: RunConfig, out: str, stages: tuple[str, ...]) -> Run:
+    """Connect, check, and run some stages in order."""
+    runtime.connect()
+    runtime.preflight(config, out)
+    run = Run(config, out)
+    for name in stages:
+        run.stage(name)
+    return run

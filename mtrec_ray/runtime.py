@@ -1,0 +1,63 @@
+"""How Ray is started here and on a cluster, and checks that refuse what would hang."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from mtrec_ray import storage
+from mtrec_ray.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+
+class PreflightError(RuntimeError):
+    """Something that would hang or fail later, with the cure."""
+
+
+def connect(num_cpus: int | None = None) -> None:
+    """Connect to the cluster of RAY_ADDRESS (a submitted job has one), or start Ray on this machine.
+
+    On one machine Ray gets at least 4 logical CPUs, so that two workers and Ray Data fit a small laptop.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=True)
+        return
+    ray.init(
+        num_cpus=num_cpus or max(4, os.cpu_count() or 1),
+        object_store_memory=512 << 20,
+        include_dashboard=False,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+    )
+
+
+def preflight(config: RunConfig, out: str) -> None:
+    """Refuse a run that this cluster cannot carry. Needs a connection.
+
+    Raises PreflightError: too few CPUs or GPUs for the training workers; local paths on several nodes.
+    """
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    if config.train.workers > cpus:
+        raise PreflightError(
+            f"train.workers is {config.train.workers}, but the cluster has {cpus:g} CPUs: training would wait for ever. "
+            "Lower train.workers or add nodes"
+        )
+    if config.train.use_gpu and config.train.workers > gpus:
+        raise PreflightError(f"train.use_gpu with {config.train.workers} workers, but the cluster has {gpus:g} GPUs")
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    tables = (config.data.interactions, config.data.items, config.data.users)
+    paths = [out, *[t.path for t in tables if t is not None]]
+    if len(nodes) > 1 and os.environ.get("MTREC_SHARED_FILESYSTEM") != "1":
+        local = [p for p in paths if storage.is_local(p)]
+        if local:
+            raise PreflightError(
+                f"the cluster has {len(nodes)} nodes and these paths are local to one: {local}. Use an object store URI, "
+                "or set MTREC_SHARED_FILESYSTEM=1 when every node mounts them"
+            )
