@@ -24,7 +24,7 @@ def main(stages: tuple[str, ...], description: str, argv: list[str] | None = Non
     parser.add_argument("overrides", nargs="*", help="key.path=value, such as tasks.rating.weight=0.5")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config = load_config(args.config, args.overrides)

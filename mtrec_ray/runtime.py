@@ -31,7 +31,8 @@ def connect(num_cpus: int | None = None) -> None:
     ray.init(
         num_cpus=num_cpus or max(4, os.cpu_count() or 1),
         object_store_memory=512 << 20,
-        include_dashboard=False,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
         log_to_driver=True,
         logging_level=logging.WARNING,
     )

@@ -61,7 +61,10 @@ def encode(config: RunConfig, data: storage.Directory, root: str) -> storage.Dir
     size = config.encoder.batch_size * 4
     rows = [{"place": i, "text": t} for i, t in enumerate(texts)]
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(64, len(rows) // size))).map_batches(
-        _Actor, fn_constructor_args=(config.encoder,), batch_size=size, concurrency=config.encoder.workers
+        _Actor,
+        fn_constructor_args=(config.encoder,),
+        batch_size=size,
+        compute=ray.data.ActorPoolStrategy(size=config.encoder.workers),
     )
     for batch in dataset.iter_batches(batch_size=None):
         if vectors is None:

@@ -40,7 +40,7 @@ def measure(config: RunConfig, data: storage.Directory, bundle_prefix: str, spli
     """Records of a whole split, measured by Ray Data actors part by part."""
     parts = storage.list_files(data.path("windows", split), ".parquet")
     dataset = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=len(parts)).map(
-        _Actor, fn_constructor_args=(bundle_prefix, config.evaluation.batch_windows), concurrency=(1, max(1, min(len(parts), 2)))
+        _Actor, fn_constructor_args=(bundle_prefix, config.evaluation.batch_windows), compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(parts), 2))
     )
     return Records.merge([pickle.loads(r["records"]) for r in dataset.take_all()])
 

@@ -76,7 +76,7 @@ def score(config: RunConfig, data: storage.Directory, bundle_root: str, root: st
     dataset = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=len(parts)).map(
         _Actor,
         fn_constructor_args=(bundle_root, draft, config.scoring.k, config.scoring.batch_users),
-        concurrency=config.scoring.workers,
+        compute=ray.data.ActorPoolStrategy(size=config.scoring.workers),
     )
     done = dataset.take_all()
     counts = {key: sum(int(d[key]) for d in done) for key in ("users", "rows", "fallbacks")}

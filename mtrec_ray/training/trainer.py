@@ -32,7 +32,8 @@ def training_fingerprint(config: RunConfig, data: storage.Directory, text: stora
 
 def _worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("mtrec_ray").setLevel(logging.INFO)
     config = RunConfig.model_validate_json(settings["config"])
     previous = ray.train.get_checkpoint()
     resume = None

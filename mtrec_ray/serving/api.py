@@ -1,0 +1,158 @@
+"""What HTTP requests and answers look like. Times are int64 milliseconds UTC."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mtrec_ray.predictor import History
+from mtrec_ray.schema import LogSchema
+
+Id = Annotated[str, Field(min_length=1, max_length=512)]
+MAX_EVENTS = 5_000
+MAX_ITEMS = 10_000
+
+
+class BadRequestError(ValueError):
+    """A body that is well formed but contradicts the log's schema; answered with 422."""
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Event(_Request):
+    """One event of an inline history."""
+
+    event_id: Id | None = None
+    """Two events with one id count once."""
+    item_id: Id
+    timestamp: int = Field(ge=0, le=7_258_118_400_000, description="milliseconds UTC")
+    actions: dict[str, float | None] = Field(default_factory=dict)
+    context: dict[str, str | None] = Field(default_factory=dict)
+
+
+class _User(_Request):
+    user_id: Id | None = None
+    history: list[Event] | None = Field(default=None, max_length=MAX_EVENTS)
+    at: int | None = Field(default=None, ge=0, description="milliseconds UTC; only earlier events count. Default: now")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> _User:
+        if (self.user_id is None) == (self.history is None):
+            raise ValueError("give either user_id or an inline history")
+        return self
+
+
+class RecommendRequest(_User):
+    k: int = Field(default=10, ge=1)
+    context: dict[str, str | None] = Field(default_factory=dict)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {"user_id": "196", "k": 10, "at": None, "context": {}},
+                {"history": [{"event_id": "e1", "item_id": "242", "timestamp": 881250949000, "actions": {"rating": 3}}], "k": 5},
+            ]
+        },
+    )
+
+
+class ScoreRequest(_User):
+    item_ids: list[Id] = Field(min_length=1, max_length=MAX_ITEMS)
+    context: dict[str, str | None] = Field(default_factory=dict)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": "196", "item_ids": ["50", "181"]}]}
+    )
+
+
+class SimilarRequest(_Request):
+    item_id: Id
+    k: int = Field(default=10, ge=1)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"item_id": "50", "k": 5}]})
+
+
+class ProfileRequest(_User):
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": "196"}]})
+
+
+class Item(BaseModel):
+    item_id: str
+    title: str
+    score: float
+    tasks: dict[str, float]
+
+
+class ScoredItem(BaseModel):
+    item_id: str
+    score: float
+    tasks: dict[str, float]
+
+
+class SimilarItem(BaseModel):
+    item_id: str
+    title: str
+    score: float
+
+
+class _Answer(BaseModel):
+    bundle: str
+    degraded: list[str]
+
+
+class RecommendAnswer(_Answer):
+    user_id: str | None
+    items: list[Item]
+
+
+class ScoreAnswer(_Answer):
+    user_id: str | None
+    items: list[ScoredItem]
+
+
+class SimilarAnswer(_Answer):
+    item_id: str
+    items: list[SimilarItem]
+
+
+class ProfileAnswer(_Answer):
+    user_id: str | None
+    profile: dict[str, dict[str, float]]
+
+
+class Health(BaseModel):
+    status: str
+    bundle: str
+
+
+def inline_history(events: list[Event], schema: LogSchema) -> History:
+    """Events of a request -> a history in time order (ties as given), each event id once.
+
+    Raises BadRequestError for an action or context column that the log does not have.
+    """
+    actions, context = [a.name for a in schema.actions], [c.name for c in schema.context]
+    once: dict[str, Event] = {}
+    for place, event in enumerate(events):
+        for given, known, what in ((event.actions, actions, "action"), (event.context, context, "context")):
+            for name in given:
+                if name not in known:
+                    raise BadRequestError(f"history[{place}]: unknown {what} {name!r}; known are {known}")
+        once.setdefault(event.event_id if event.event_id is not None else f"\0{place}", event)
+    ordered = sorted(once.values(), key=lambda e: e.timestamp)
+
+    def number(value: Any) -> float:
+        return float("nan") if value is None else float(value)
+
+    return History(
+        item_ids=[e.item_id for e in ordered],
+        times=[e.timestamp for e in ordered],
+        actions={a: [number(e.actions.get(a)) for e in ordered] for a in actions},
+        context={c: [e.context.get(c) for e in ordered] for c in context},
+    )
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000

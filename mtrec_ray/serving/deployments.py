@@ -1,0 +1,214 @@
+"""The inference graph: ingress → StateEncoder → Retrieval → Heads, four deployments, one stage each.
+
+The ingress reads the history, calls the stages with integers, and hosts `finalise`. Every message carries the
+bundle's fingerprint; a stage that has another one refuses. Torch runs in an executor of one thread, never on a
+replica's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from mtrec_ray import bundle, storage
+from mtrec_ray.predictor import Candidates, History, UnknownItemError
+from mtrec_ray.serving import api
+from mtrec_ray.serving.history import HistoryStore
+
+T = TypeVar("T")
+
+
+class MixedBundlesError(RuntimeError):
+    """Two stages of one answer have different bundles."""
+
+
+class _Stage:
+    """A predictor and a thread for its torch work."""
+
+    def __init__(self, bundle_uri: str, threads: int = 1) -> None:
+        torch.set_num_threads(threads)
+        self.predictor = bundle.load(bundle_uri)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="torch")
+
+    async def _run(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def _check(self, fingerprint: str) -> None:
+        if fingerprint != self.predictor.fingerprint:
+            raise MixedBundlesError(f"{type(self).__name__} has bundle {self.predictor.fingerprint}, asked for {fingerprint}")
+
+    async def fingerprint(self) -> str:
+        return self.predictor.fingerprint
+
+    def check_health(self) -> None:
+        """Serve calls this; a stage without a usable model is replaced."""
+        if not torch.isfinite(self.predictor.item_vec_ND[:1]).all():
+            raise RuntimeError("item vectors are not finite")
+
+
+@serve.deployment(name="StateEncoder")
+class StateEncoder(_Stage):
+    """histories → user states."""
+
+    async def encode(self, fingerprint: str, history: History) -> dict[str, Any]:
+        """-> state (D floats), length, seen positions and degradations of one history."""
+        self._check(fingerprint)
+        return await self._run(self._encode, history)
+
+    def _encode(self, history: History) -> dict[str, Any]:
+        encoded = self.predictor.encode_histories([history])
+        return {
+            "state": self.predictor.encode_state(encoded.batch),
+            "length": encoded.batch.length_B,
+            "seen": encoded.seen,
+            "degraded": encoded.degraded[0],
+        }
+
+
+@serve.deployment(name="Retrieval")
+class Retrieval(_Stage):
+    """states → candidates."""
+
+    async def retrieve(self, fingerprint: str, state: dict[str, Any], k: int) -> Candidates:
+        self._check(fingerprint)
+        return await self._run(self.predictor.retrieve, state["state"], state["length"], state["seen"], k)
+
+    async def logits(self, fingerprint: str, state: dict[str, Any], items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Retrieval scores of given items."""
+        self._check(fingerprint)
+        return await self._run(self.predictor.logits_of, state["state"], state["length"], items)
+
+    async def similar(self, fingerprint: str, item_id: str, k: int) -> list[dict[str, Any]]:
+        self._check(fingerprint)
+        return await self._run(self.predictor.similar, item_id, k)
+
+
+@serve.deployment(name="Heads")
+class Heads(_Stage):
+    """states and candidates → one number per task; states → profiles."""
+
+    async def score(
+        self, fingerprint: str, state: torch.Tensor, items: torch.Tensor, context: Mapping[str, str | None]
+    ) -> dict[str, torch.Tensor]:
+        self._check(fingerprint)
+        return await self._run(self._score, state, items, context)
+
+    def _score(self, state: torch.Tensor, items: torch.Tensor, context: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
+        return self.predictor.score(state, items, self.predictor.encode_context([context]))
+
+    async def profile(self, fingerprint: str, state: torch.Tensor) -> dict[str, dict[str, float]]:
+        self._check(fingerprint)
+        return (await self._run(self.predictor.profile_of, state))[0]
+
+
+http = FastAPI(
+    title="mtrec_ray",
+    description="Recommendations, scores, similar items and profiles from one multi-task model. Times are milliseconds UTC.",
+    version="1",
+)
+
+
+@http.exception_handler(UnknownItemError)
+async def _unknown_item(request: Request, error: UnknownItemError) -> JSONResponse:
+    return JSONResponse({"detail": str(error), "item_id": error.item_id}, status_code=404)
+
+
+@http.exception_handler(api.BadRequestError)
+async def _bad_request(request: Request, error: api.BadRequestError) -> JSONResponse:
+    return JSONResponse({"detail": str(error)}, status_code=422)
+
+
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "An item id that the catalogue lacks"}}
+
+
+@serve.deployment(name="Ingress")
+@serve.ingress(http)
+class Ingress(_Stage):
+    """HTTP: reads the history, calls the stages, hosts `finalise`."""
+
+    def __init__(
+        self, bundle_uri: str, data_uri: str, encoder: DeploymentHandle, retrieval: DeploymentHandle, heads: DeploymentHandle
+    ) -> None:
+        super().__init__(bundle_uri)
+        self.store = HistoryStore(data_uri)
+        self.encoder, self.retrieval, self.heads = encoder, retrieval, heads
+
+    @http.post("/recommend", response_model=api.RecommendAnswer)
+    async def recommend(self, request: api.RecommendRequest) -> dict[str, Any]:
+        """The best k items for a stored user or an inline history."""
+        me, predictor = self.predictor.fingerprint, self.predictor
+        self._check_context(request.context)
+        k = min(request.k, len(predictor.item_ids))
+        state = await self._state(request)
+        candidates = await self.retrieval.retrieve.remote(me, state, k)
+        predictions = await self.heads.score.remote(me, state["state"], candidates.item_BK, request.context)
+        ranked = await self._run(predictor.finalise, candidates, predictions, k)
+        return {"user_id": request.user_id, "bundle": me, **predictor.answers(ranked, [state["degraded"]])[0]}
+
+    @http.post("/score", response_model=api.ScoreAnswer, responses=_NOT_FOUND)
+    async def score(self, request: api.ScoreRequest) -> dict[str, Any]:
+        """Given items for a user, in the order given."""
+        me = self.predictor.fingerprint
+        self._check_context(request.context)
+        items = torch.from_numpy(self.predictor.items(request.item_ids))[None]
+        state = await self._state(request)
+        (logits, popular), predictions = await asyncio.gather(
+            self.retrieval.logits.remote(me, state, items), self.heads.score.remote(me, state["state"], items, request.context)
+        )
+        answer = await self._run(self.predictor.scored_answer, items, logits, popular, predictions, state["degraded"])
+        return {"user_id": request.user_id, "bundle": me, **answer}
+
+    @http.post("/similar", response_model=api.SimilarAnswer, responses=_NOT_FOUND)
+    async def similar(self, request: api.SimilarRequest) -> dict[str, Any]:
+        """Items most like an item."""
+        self.predictor.items([request.item_id])
+        me, k = self.predictor.fingerprint, min(request.k, len(self.predictor.item_ids))
+        items = await self.retrieval.similar.remote(me, request.item_id, k)
+        return {"item_id": request.item_id, "bundle": me, "items": items, "degraded": []}
+
+    @http.post("/profile", response_model=api.ProfileAnswer)
+    async def profile(self, request: api.ProfileRequest) -> dict[str, Any]:
+        """What the history says about a user: a probability per value of every attribute."""
+        me = self.predictor.fingerprint
+        state = await self._state(request)
+        profile = await self.heads.profile.remote(me, state["state"])
+        return {"user_id": request.user_id, "bundle": me, "profile": profile, "degraded": state["degraded"]}
+
+    @http.get("/healthz", response_model=api.Health)
+    async def healthz(self) -> dict[str, str]:
+        """200 when every stage answers with the same bundle, else 503."""
+        me = self.predictor.fingerprint
+        stages = (self.encoder, self.retrieval, self.heads)
+        found = await asyncio.gather(*[s.fingerprint.remote() for s in stages])
+        if any(f != me for f in found):
+            raise HTTPException(503, f"stages have different bundles: {sorted({me, *found})}")
+        return {"status": "ok", "bundle": me}
+
+    async def _state(self, request: Any) -> dict[str, Any]:
+        if request.history is not None:
+            history = api.inline_history(request.history, self.predictor.schema)
+        else:
+            history = self.store.get(request.user_id) or History()
+        at = request.at if request.at is not None else api.now_ms()
+        return await self.encoder.encode.remote(self.predictor.fingerprint, history.before(at))  # type: ignore[no-any-return]
+
+    def _check_context(self, context: Mapping[str, str | None]) -> None:
+        known = [c.name for c in self.predictor.schema.context]
+        for name in context:
+            if name not in known:
+                raise api.BadRequestError(f"context: unknown column {name!r}; known are {known}")
+
+
+def build_graph(bundle_uri: str, data_uri: str) -> serve.Application:
+    """The four deployments, bound to one bundle and one store."""
+    root, data = storage.absolute(bundle_uri), storage.absolute(data_uri)
+    stages = [stage.bind(root) for stage in (StateEncoder, Retrieval, Heads)]  # type: ignore[attr-defined]
+    return Ingress.bind(root, data, *stages)  # type: ignore[attr-defined, no-any-return]
