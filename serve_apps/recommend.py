@@ -3,6 +3,8 @@ serve_apps/recommend.yaml."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
@@ -19,8 +21,11 @@ class Args(BaseModel):
     """Run directory or URI with bundle/ and data/."""
 
 
-def build(args: Args) -> serve.Application:
-    """Application builder. Raises StorageError here, before any replica starts, when the run has no bundle."""
+def build(args: Args, options: dict[str, dict[str, Any]] | None = None) -> serve.Application:
+    """Application builder. Raises StorageError here, before any replica starts, when the run has no bundle.
+
+    options: deployment name -> options, for callers that do not deploy the YAML.
+    """
     for name in ("bundle", "data"):
         storage.Directory(storage.join(args.run, name)).manifest  # noqa: B018
-    return build_graph(storage.join(args.run, "bundle"), storage.join(args.run, "data"))
+    return build_graph(storage.join(args.run, "bundle"), storage.join(args.run, "data"), options or {})

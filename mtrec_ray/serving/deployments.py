@@ -207,8 +207,15 @@ class Ingress(_Stage):
                 raise api.BadRequestError(f"context: unknown column {name!r}; known are {known}")
 
 
-def build_graph(bundle_uri: str, data_uri: str) -> serve.Application:
-    """The four deployments, bound to one bundle and one store."""
-    root, data = storage.absolute(bundle_uri), storage.absolute(data_uri)
-    stages = [stage.bind(root) for stage in (StateEncoder, Retrieval, Heads)]  # type: ignore[attr-defined]
-    return Ingress.bind(root, data, *stages)  # type: ignore[attr-defined, no-any-return]
+def build_graph(bundle_uri: str, data_uri: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> serve.Application:
+    """The four deployments, bound to one bundle and one store.
+
+    options: deployment name -> Serve options (`autoscaling_config`, `ray_actor_options`, ...).
+    """
+    root, data, chosen = storage.absolute(bundle_uri), storage.absolute(data_uri), options or {}
+
+    def bind(deployment: Any, *args: Any) -> Any:
+        return deployment.options(**chosen.get(deployment.name, {})).bind(*args)
+
+    stages = [bind(stage, root) for stage in (StateEncoder, Retrieval, Heads)]
+    return bind(Ingress, root, data, *stages)  # type: ignore[no-any-return]

@@ -1,0 +1,40 @@
+# The README's commands. Everything runs in .venv, with the versions of constraints.txt.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+PORT ?= 8000
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: install test check demo serve bench clean
+
+install: $(VENV)/.installed
+
+# torch first and pinned: any other version is a CUDA build of gigabytes
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,bench]"
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m jobs.demo --out runs/demo --port $(PORT)
+
+serve: install
+	$(BIN)/python -m jobs.serve $(RUN) --port $(PORT)
+
+bench: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.loop_overhead
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality
+
+clean:
+	rm -rf runs .data
