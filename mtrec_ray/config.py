@@ -272,6 +272,8 @@ class TrainConfig(_Model):
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay per step of an exponential moving average of the weights; it is what is evaluated and kept. 0 is off."""
     workers: int = Field(default=2, ge=0)
     """DDP workers of Ray Train; 0 runs in the driver's process."""
     threads: int = Field(default=1, ge=1)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mtrec_ray.balancing.weights import build_balancer
 from mtrec_ray.config import RunConfig, TrainConfig
@@ -132,6 +133,7 @@ def fit(
     losses: nn.Module = _Losses(model, balancer).to(device)
     optimizer = build_optimizer(losses, train)
     scheduler = build_scheduler(optimizer, train, train.epochs * feed.steps_per_epoch)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema)) if train.ema else None
     first_epoch, best_value, best_epoch, bad_epochs = 0, -math.inf, -1, 0
     best_state: dict[str, Tensor] = {}
     if resume is not None:
@@ -140,6 +142,8 @@ def fit(
         scheduler.load_state_dict(resume["scheduler"])
         first_epoch, best_value, best_epoch = resume["epoch"], resume["best_value"], resume["best_epoch"]
         bad_epochs, best_state = resume["bad_epochs"], resume["best_state"]
+        if average is not None:
+            average.load_state_dict(resume["average"])
     wrapped = DistributedDataParallel(losses) if distributed.is_distributed() else losses
 
     rank, started = distributed.rank(), time.perf_counter()
@@ -156,6 +160,8 @@ def fit(
             torch.manual_seed(_step_seed(config.seed, epoch * feed.steps_per_epoch + step, rank))
             sum_T, count_T = train_step(wrapped, model, optimizer, [b.to(device) for b in micro], train.clip_norm)
             scheduler.step()
+            if average is not None:
+                average.update_parameters(model)
             sums_T, counts_T = sums_T + sum_T, counts_T + count_T
             if step % 50 == 0 and not bool(torch.isfinite(sum_T).all()):
                 broken = [n for n, v in zip(names, sum_T.tolist(), strict=True) if not math.isfinite(v)]
@@ -174,13 +180,14 @@ def fit(
                     "train/learning_rate": float(scheduler.get_last_lr()[0])}  # fmt: skip
 
         if (epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs:
-            model.eval()
-            valid = evaluate(model)
+            kept: Recommender = model if average is None else average.module
+            kept.eval()
+            valid = evaluate(kept)
             scalars |= {f"valid/{t}/{m}": v for t, ms in valid.items() for m, v in ms.items()}
             value = _monitored(valid, train.monitor)
             if value > best_value:
                 best_value, best_epoch, bad_epochs = value, epoch, 0
-                best_state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                best_state = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}
             else:
                 bad_epochs += train.evaluate_every
         if rank == 0:
@@ -191,6 +198,7 @@ def fit(
                 "losses": losses.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                 "epoch": epoch + 1, "step": (epoch + 1) * feed.steps_per_epoch, "best_value": best_value,
                 "best_epoch": best_epoch, "bad_epochs": bad_epochs, "best_state": best_state,
+                "average": None if average is None else average.state_dict(),
             }  # fmt: skip
         report(epoch, scalars, state)
     return Fitted(best_state, best_epoch, best_value, rows_read, rows_trained, time.perf_counter() - started, events)

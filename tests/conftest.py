@@ -1,0 +1,64 @@
+"""Fixtures shared by all tests: a tiny run made without Ray, and one Ray cluster for those that need it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from mtrec_ray import storage
+from mtrec_ray.config import RunConfig
+from mtrec_ray.predictor import Predictor
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+@dataclass
+class TinyRun:
+    """A run directory with data and a bundle."""
+
+    folder: Path
+    config: RunConfig
+    data: storage.Directory
+    predictor: Predictor
+
+    @property
+    def bundle_root(self) -> str:
+        return str(self.folder / "bundle")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write_log(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_folder: Path) -> TinyRun:
+    config = tiny.make_config(tiny_folder)
+    data = tiny.prepare_locally(config, tiny_folder / "data")
+    predictor = tiny.write_bundle(config, data, tiny.train_locally(config, data), tiny_folder / "bundle")
+    return TinyRun(tiny_folder, config, data, predictor)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """The one cluster of the whole suite."""
+    import ray
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    context = ray.init(
+        num_cpus=4, object_store_memory=200 << 20, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False
+    )
+    yield context
+    ray.shutdown()

@@ -1,0 +1,159 @@
+"""A tiny synthetic log of baskets with impressions, and everything made from it without a Ray cluster."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+
+from mtrec_ray import bundle, storage
+from mtrec_ray.config import RunConfig, parse_config
+from mtrec_ray.data import prepare as prepare_module
+from mtrec_ray.models.recommender import Recommender
+from mtrec_ray.predictor import Predictor
+from mtrec_ray.training.worker import build_model, load_schema, run_worker
+
+HOUR = 3_600_000
+
+
+def write_log(folder: Path, users: int = 24, items: int = 20, visits: int = 12, seed: int = 0, files: int = 3) -> None:
+    """log/*.csv, items.csv, users.csv. A visit shows four items at one time; the even user likes even items."""
+    rng = np.random.default_rng(seed)
+    rows: list[list[Any]] = []
+    for user in range(users):
+        time = 1_700_000_000_000 + int(rng.integers(0, 48)) * HOUR
+        for _ in range(int(rng.integers(4, visits + 1))):
+            time += int(rng.integers(1, 30)) * HOUR
+            for item in rng.choice(items, 4, replace=False):
+                click = int(rng.random() < (0.8 if item % 2 == user % 2 else 0.15))
+                rating = int(rng.integers(3, 6) if item % 2 == user % 2 else rng.integers(1, 4)) if click else ""
+                rows.append([f"u{user}", f"i{item}", time, click, rating, "phone" if user % 3 else "web"])
+    rows.sort(key=lambda r: r[2])  # a log in the order of time; ties keep an arbitrary order of rows
+    (folder / "log").mkdir(parents=True, exist_ok=True)
+    for number, part in enumerate(np.array_split(np.arange(len(rows)), files)):
+        with open(folder / "log" / f"part{number}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["user", "item", "ts", "click", "rating", "device"])
+            writer.writerows(rows[i] for i in part)
+    with open(folder / "items.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["item_id", "name", "genre"])
+        writer.writerows([f"i{i}", f"Thing {i}", "even" if i % 2 == 0 else "odd"] for i in range(items))
+        writer.writerow(["new", "Thing new", "even"])  # no training event
+    with open(folder / "users.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user_id", "taste", "age"])
+        writer.writerows([f"u{u}", "even" if u % 2 == 0 else "odd", 20 + u] for u in range(users))
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """The tiny log's configuration as a mapping: baskets (`group`), the time protocol, impressions as targets."""
+    return {
+        "name": "tiny",
+        "data": {
+            "interactions": {
+                "format": "csv",
+                "path": str(folder / "log"),
+                "columns": {"user_id": "user", "item_id": "item", "timestamp": "ts"},
+            },
+            "items": {"format": "csv", "path": str(folder / "items.csv")},
+            "users": {"format": "csv", "path": str(folder / "users.csv")},
+            "labels": {
+                "click": {"kind": "binary"},
+                "rating": {"min": 1, "max": 5},
+                "like": {"expression": "rating >= 4", "kind": "binary"},
+            },
+            "actions": ["click", "rating"],
+            "history": "click > 0",
+            "context": ["device"],
+            "attributes": {"taste": {"column": "taste"}, "age_group": {"column": "age", "bins": [25, 35]}},
+            "text": {"template": "{name}, {genre}", "title": "name", "columns": ["genre"]},
+            "same_time": "group",
+            "protocol": "time",
+            "window": 8,
+            "partitions": 3,
+        },
+        "model": {"width": 16, "layers": 1, "heads": 2, "feed_forward": 32, "dropout": 0.0, "id_dropout": 0.2, "sharing_width": 16},
+        "tasks": {
+            "retrieval": {"kind": "retrieval"},
+            "click": {"kind": "binary", "label": "click", "weight": 0.5},
+            "rating": {"kind": "regression", "label": "rating", "weight": 0.5},
+            "similar": {"kind": "similarity", "weight": 0.1, "within_hours": 72, "share": 1.0},
+            "taste": {"kind": "profile", "attribute": "taste", "weight": 0.1},
+            "age_group": {"kind": "profile", "attribute": "age_group", "weight": 0.1},
+        },
+        "train": {"epochs": 3, "batch_windows": 16, "learning_rate": 0.01, "workers": 2},
+        "ranking": {"candidates": 10},
+        "scoring": {"k": 5, "batch_users": 7},
+        "evaluation": {"bootstrap": 50},
+    }
+
+
+def make_config(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> RunConfig:
+    raw = raw_config(folder)
+    if change is not None:
+        change(raw)
+    return parse_config(raw)
+
+
+class _LocalDataset:
+    """As much of ray.data as prepare uses, in this process."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def map_batches(self, function: Callable[..., Iterator[pa.Table]], **_: Any) -> _LocalDataset:
+        return _LocalDataset([t for row in self.rows for t in function({k: [v] for k, v in row.items()})])
+
+    def groupby(self, key: str, **_: Any) -> _LocalDataset:
+        whole = pa.concat_tables(self.rows)
+        return _LocalDataset([whole.filter(pa.compute.equal(whole[key], v)) for v in sorted(set(whole[key].to_pylist()))])
+
+    def map_groups(self, function: Callable[[pa.Table], pa.Table], **_: Any) -> _LocalDataset:
+        return _LocalDataset([row for table in self.rows for row in function(table).to_pylist()])
+
+    def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> _LocalDataset:
+        return _LocalDataset([function(row) for row in self.rows])
+
+    def take_all(self) -> list[Any]:
+        return self.rows
+
+
+def prepare_locally(config: RunConfig, root: str | Path) -> storage.Directory:
+    """`prepare` without a Ray cluster: the same code, its Ray calls answered in this process."""
+    context = SimpleNamespace(enable_progress_bars=True, print_on_execution_start=True)
+    fake = SimpleNamespace(
+        put=lambda value: value,
+        get=lambda value: value,
+        data=SimpleNamespace(
+            from_items=lambda rows, **_: _LocalDataset(rows),
+            DataContext=SimpleNamespace(get_current=lambda: context),
+        ),
+    )
+    with mock.patch.object(prepare_module, "ray", fake):
+        return prepare_module.prepare(config, str(root))
+
+
+def train_locally(config: RunConfig, data: storage.Directory) -> Recommender:
+    """The loop in this process, without text -> the best model."""
+    fitted = run_worker(config, data.prefix, None, lambda *_: None)
+    model = build_model(config, load_schema(data.prefix), None)
+    model.load_state_dict(fitted.best_state)
+    return model.eval()
+
+
+def write_bundle(config: RunConfig, data: storage.Directory, model: Recommender, root: str | Path) -> Predictor:
+    """Bundle the model, published, and load it again."""
+    directory = storage.Directory(root)
+    prefix = directory.begin("0" * 64)
+    catalogue = storage.read_table(data.path("catalogue.parquet"))
+    fingerprint = bundle.write(prefix, config, load_schema(data.prefix), catalogue, model, None)
+    storage.write_json(storage.join(prefix, "metrics.json"), {})
+    directory.publish("0" * 64, kind="bundle", fingerprint=fingerprint)
+    return bundle.load(str(root))

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mtrec_ray import storage
+from mtrec_ray.models.item_tower import ItemTower
+from mtrec_ray.models.recommender import Recommender
+from mtrec_ray.training.feed import WindowCache, collate
+from mtrec_ray.training.worker import build_model, load_schema
+from tests.conftest import TinyRun
+
+
+@pytest.fixture
+def cache(tiny_run: TinyRun) -> WindowCache:
+    return WindowCache.from_table(storage.read_table(tiny_run.data.path("windows", "train")))
+
+
+@pytest.fixture
+def model(tiny_run: TinyRun) -> Recommender:
+    return build_model(tiny_run.config, load_schema(tiny_run.data.prefix), None).eval()
+
+
+def test_a_later_event_never_changes_an_earlier_state(model: Recommender, cache: WindowCache) -> None:
+    batch = collate(cache, np.arange(4), model.schema)
+    item_vec = model.item_vectors()
+    before = model.trunk(model.tokens(item_vec, batch.history))
+    S = batch.history.item_BS.shape[1]
+    for position in range(S):
+        batch.history.item_BS[:, position] = (batch.history.item_BS[:, position] + 1) % model.schema.n_train_items
+        after = model.trunk(model.tokens(item_vec, batch.history))
+        torch.testing.assert_close(after[:, : position + 1], before[:, : position + 1])
+        assert not torch.allclose(after[:, position + 1], before[:, position + 1])
+        before = after
+
+
+def test_padding_does_not_change_a_state(model: Recommender, cache: WindowCache) -> None:
+    lengths = np.diff(cache.offsets["history"])
+    short = int(np.argmin(np.where(lengths > 0, lengths, 99)))
+    long = int(np.argmax(lengths))
+    assert lengths[short] < lengths[long]
+    item_vec = model.item_vectors()
+    alone = model.encode(item_vec, collate(cache, np.array([short]), model.schema).history)
+    padded = model.encode(item_vec, collate(cache, np.array([short, long]), model.schema).history)
+    torch.testing.assert_close(padded[:1], alone)
+
+
+def test_a_users_first_event_is_trained_from_the_start_token(model: Recommender, cache: WindowCache) -> None:
+    first = np.flatnonzero(cache.columns["target_pos"] == 0)
+    assert len(first)
+    window = int(np.searchsorted(cache.offsets["target"], first[0], side="right") - 1)
+    batch = collate(cache, np.array([window]), model.schema)
+    batch.targets.positive_M &= batch.targets.pos_M == 0
+    if not batch.targets.positive_M.any():
+        batch.targets.positive_M[0] = True
+    model.zero_grad()
+    model(batch)[0].backward()
+    assert model.trunk.start.grad is not None and model.trunk.start.grad.abs().sum() > 0
+
+
+def test_an_item_outside_the_training_catalogue_is_its_text_alone(tiny_run: TinyRun) -> None:
+    schema = load_schema(tiny_run.data.prefix)
+    text = torch.nn.functional.normalize(torch.randn(schema.n_items, 12), dim=-1)
+    model = build_model(tiny_run.config, schema, text).eval()
+    vectors = model.item_vectors()
+    assert schema.n_items == schema.n_train_items + 1
+    expected = model.item_tower.text(text * 12**0.5)[-1]
+    torch.testing.assert_close(vectors[-1], expected)
+    assert not torch.allclose(vectors[0], model.item_tower.text(text * 12**0.5)[0])
+
+
+def test_id_dropout_depends_on_seed_and_step_alone(tiny_run: TinyRun) -> None:
+    def drawn(seed: int, step: int, noise: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        tower = ItemTower(tiny_run.config.model, 50, 4, seed)
+        torch.manual_seed(noise)  # what a rank drew before must not matter
+        return tower(torch.zeros(50, 4), 50, step)
+
+    assert torch.equal(drawn(0, 3, 1), drawn(0, 3, 2))
+    assert not torch.equal(drawn(0, 3, 1), drawn(0, 4, 1))
+    assert not torch.equal(drawn(0, 3, 1), drawn(1, 3, 1))
+
+
+def test_an_action_missing_is_not_an_action_of_zero(model: Recommender) -> None:
+    click = model.tokens.actions["click"]
+    rating = model.tokens.actions["rating"]
+    for embed in (click, rating):
+        missing, zero = embed(torch.tensor([float("nan"), 0.0]))
+        assert torch.isfinite(missing).all()
+        assert not torch.allclose(missing, zero)
+
+
+def test_tokens_change_with_every_part_of_an_event(model: Recommender, cache: WindowCache) -> None:
+    batch = collate(cache, np.array([int(np.argmax(np.diff(cache.offsets["history"])))]), model.schema).history
+    base = model.tokens(model.item_vectors(), batch)
+    batch.gap_BS[0, 1] = (batch.gap_BS[0, 1] + 5) % 30
+    gap = model.tokens(model.item_vectors(), batch)
+    batch.context_BS["device"][0, 1] = (batch.context_BS["device"][0, 1] + 1) % 3
+    context = model.tokens(model.item_vectors(), batch)
+    batch.actions_BS["click"][0, 1] = 0.0
+    action = model.tokens(model.item_vectors(), batch)
+    for a, b in ((base, gap), (gap, context), (context, action)):
+        assert not torch.allclose(a[0, 1], b[0, 1])
+        torch.testing.assert_close(a[0, 0], b[0, 0])

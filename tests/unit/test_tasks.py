@@ -1,0 +1,125 @@
+"""Losses against values computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mtrec_ray.models.batch import Batch, HistoryBatch, TargetBatch
+from mtrec_ray.schema import LabelStats
+from mtrec_ray.tasks import Binary, Forward, Profile, Regression, Retrieval, Similarity
+
+NAN = float("nan")
+
+
+def make_batch(pos: list[int], item: list[int], positive: list[bool], labels: list[float], window: list[int] | None = None) -> Batch:
+    n = len(pos)
+    return Batch(
+        history=HistoryBatch(torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 1]), torch.zeros(2, 3, dtype=torch.long)),
+        targets=TargetBatch(
+            window_M=torch.tensor(window or [0] * n),
+            pos_M=torch.tensor(pos),
+            item_M=torch.tensor(item),
+            positive_M=torch.tensor(positive),
+            labels_M={"y": torch.tensor(labels)},
+            context_M={},
+        ),
+        profile_B={"taste": torch.tensor([1, 0])},
+        profile_weight_B=torch.tensor([0.5, 1.0]),
+        pair_anchor_P=torch.tensor([0]),
+        pair_positive_P=torch.tensor([1]),
+    )
+
+
+def make_forward(shared: torch.Tensor | None = None) -> Forward:
+    torch.manual_seed(0)
+    return Forward(torch.randn(2, 4, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), shared)
+
+
+def test_retrieval_is_log_softmax_over_the_catalogue_summed_over_positives() -> None:
+    task = Retrieval("r", 2)
+    forward = make_forward()
+    # two positives of one moment, one non-positive, one positive of another window
+    batch = make_batch([1, 1, 2, 0], [0, 2, 1, 1], [True, True, False, True], [NAN] * 4, [0, 0, 0, 1])
+    assert int(task.count(batch)) == 3
+    expected = 0.0
+    for window, pos, item in ((0, 1, 0), (0, 1, 2), (1, 0, 1)):
+        logits = (task.query(forward.state_BLD[window, pos]) @ forward.item_vec_ND.T).tolist()
+        expected += math.log(sum(math.exp(v) for v in logits)) - logits[item]
+    assert float(task.loss_sum(forward, batch)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_missing_label_is_masked_not_zero() -> None:
+    shared = torch.randn(3, 4)
+    batch = make_batch([0, 1, 2], [0, 1, 2], [True] * 3, [1.0, NAN, 0.0])
+    keep = make_batch([0, 2], [0, 2], [True] * 2, [1.0, 0.0])
+    for task in (Binary("b", "y", 4), Regression("g", "y", LabelStats(count=3, mean=2.0, std=0.5), 4)):
+        assert int(task.count(batch)) == 2
+        whole = task.loss_sum(make_forward(shared), batch)
+        torch.testing.assert_close(whole, task.loss_sum(make_forward(shared[[0, 2]]), keep))
+
+
+def test_regression_predicts_in_the_labels_units_and_final_is_standardised() -> None:
+    task = Regression("g", "y", LabelStats(count=3, mean=3.5, std=2.0), 4)
+    torch.nn.init.zeros_(task.head.weight)
+    torch.nn.init.constant_(task.head.bias, 0.25)
+    prediction = task.predict(torch.randn(5, 4))
+    torch.testing.assert_close(prediction, torch.full((5,), 4.0))
+    torch.testing.assert_close(task.final(prediction), torch.full((5,), 0.25))
+    batch = make_batch([0], [0], [True], [5.5])
+    assert float(task.loss_sum(make_forward(torch.zeros(1, 4)), batch)) == pytest.approx((0.25 - 1.0) ** 2)
+
+
+def test_binary_loss_by_hand_and_final_is_the_logit() -> None:
+    task = Binary("b", "y", 1)
+    torch.nn.init.ones_(task.head.weight)
+    torch.nn.init.zeros_(task.head.bias)
+    batch = make_batch([0, 1], [0, 1], [True, True], [1.0, 0.0])
+    loss = task.loss_sum(make_forward(torch.tensor([[0.0], [2.0]])), batch)
+    assert float(loss) == pytest.approx(math.log(2) + math.log(1 + math.exp(2)), rel=1e-6)
+    torch.testing.assert_close(task.final(task.predict(torch.tensor([[1.5]]))), torch.tensor([1.5]))
+
+
+def test_similarity_leaves_the_anchor_out_of_the_denominator() -> None:
+    task = Similarity("s", 2, temperature=0.5)
+    with torch.no_grad():
+        task.project.weight.copy_(torch.eye(2))
+    batch = make_batch([0], [0], [True], [NAN])
+    loss = float(task.loss_sum(make_forward(), batch))  # anchor 0, positive 1; candidates 1 (cos 0) and 2 (cos 1/√2)
+    assert loss == pytest.approx(math.log(1 + math.exp(math.sqrt(0.5) / 0.5)), rel=1e-5)
+
+
+def test_profile_reads_each_windows_last_state_with_its_weight() -> None:
+    task = Profile("p", "taste", ("a", "b"), 2)
+    forward = make_forward()
+    batch = make_batch([0], [0], [True], [NAN])
+    assert float(task.count(batch)) == 1.5
+    ce = torch.nn.functional.cross_entropy
+    expected = 0.5 * ce(task.logits(forward.state_BLD[0, 3]), torch.tensor(1)) + ce(task.logits(forward.state_BLD[1, 1]), torch.tensor(0))
+    torch.testing.assert_close(task.loss_sum(forward, batch), expected)
+
+
+def test_a_masked_user_trains_no_profile() -> None:
+    task = Profile("p", "taste", ("a", "b"), 2)
+    batch = make_batch([0], [0], [True], [NAN])
+    batch.profile_B["taste"] = torch.tensor([-1, -1])
+    assert float(task.count(batch)) == 0
+    assert float(task.loss_sum(make_forward(), batch)) == 0
+
+
+def test_every_task_takes_a_batch_without_its_labels() -> None:
+    """A rank without labels takes part with a zero that has gradients (else DDP hangs)."""
+    shared = torch.randn(1, 4, requires_grad=True)
+    batch = make_batch([0], [0], [False], [NAN])
+    batch.profile_B["taste"] = torch.tensor([-1, -1])
+    batch.pair_anchor_P = batch.pair_positive_P = torch.zeros(0, dtype=torch.long)
+    stats = LabelStats(count=1, mean=0.0, std=1.0)
+    tasks = [Retrieval("r", 2), Binary("b", "y", 4), Regression("g", "y", stats, 4), Similarity("s", 2, 0.1), Profile("p", "taste", ("a", "b"), 2)]
+    for task in tasks:
+        loss = task.loss_sum(make_forward(shared), batch)
+        assert float(loss) == 0
+        loss.backward()
+        for name, parameter in task.named_parameters():
+            assert parameter.grad is not None and float(parameter.grad.abs().sum()) == 0, (task.name, name)
