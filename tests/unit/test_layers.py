@@ -1,0 +1,40 @@
+"""Mathematics must run without Ray: importing those rooms does not import it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent / "mtrec_ray"
+ROOMS = ["models", "tasks", "balancing", "retrieval", "evaluation", "training", "encoders"]
+ADAPTERS = {"training/trainer.py", "evaluation/runner.py", "encoders/bulk.py"}
+SINGLE = ["config.py", "schema.py", "expressions.py", "storage.py", "bundle.py", "predictor.py", "serving/history.py",
+          "serving/api.py", "data/partition.py", "data/windows.py", "data/sources.py", "data/validate.py", "data/catalogue.py"]  # fmt: skip
+
+
+def modules() -> list[str]:
+    files = [p for room in ROOMS for p in sorted((ROOT / room).glob("*.py"))] + [ROOT / s for s in SINGLE]
+    relative = [p.relative_to(ROOT) for p in files if str(p.relative_to(ROOT)) not in ADAPTERS]
+    return ["mtrec_ray." + ".".join(r.with_suffix("").parts).removesuffix(".__init__") for r in relative]
+
+
+def test_the_rooms_without_ray_do_not_import_ray() -> None:
+    program = "import sys\nfor m in sys.argv[1:]:\n    __import__(m)\n    assert 'ray' not in sys.modules, m"
+    done = subprocess.run([sys.executable, "-c", program, *modules()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_adapters_are_really_adapters() -> None:
+    """The list of exceptions above stays honest: each of them does import Ray."""
+    for name in ADAPTERS:
+        assert "import ray" in (ROOT / name).read_text() or "from ray" in (ROOT / name).read_text(), name
+
+
+@pytest.mark.parametrize("room", ["mtrec_ray", "serve_apps"])
+def test_no_room_imports_the_jobs(room: str) -> None:
+    for path in (ROOT.parent / room).rglob("*.py"):
+        for line in path.read_text().splitlines():
+            assert not line.strip().startswith(("from jobs", "import jobs")), f"{path}: {line}"
