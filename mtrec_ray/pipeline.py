@@ -129,7 +129,7 @@ class Run:
         return before != self._score_identity()
 
     def _score_identity(self) -> Any:
-        uri = self.path("scores", "manifest.json")
+        uri = self.path("scores", "_manifest.json")
         return storage.read_json(uri)["identity"] if storage.exists(uri) else None
 
     def _write_metrics(self) -> None:

@@ -12,6 +12,10 @@ from mtrec_ray.config import RunConfig
 
 log = logging.getLogger(__name__)
 
+# A busy small machine needs more than Serve's five seconds to start a proxy; set before Ray starts.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 
 class PreflightError(RuntimeError):
     """Something that would hang or fail later, with the cure."""
@@ -24,7 +28,6 @@ def connect(num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=True)
         return

@@ -56,6 +56,9 @@ def ray_cluster() -> Iterator[Any]:
     """The one cluster of the whole suite."""
     import ray
 
+    from mtrec_ray import runtime  # sets what Serve needs on a busy machine
+
+    assert runtime.connect
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     context = ray.init(
         num_cpus=4, object_store_memory=200 << 20, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False

@@ -62,10 +62,10 @@ class _Actor:
 def score(config: RunConfig, data: storage.Directory, bundle_root: str, root: str) -> dict[str, Any]:
     """Write ROOT/part-*.parquet for every user of the store -> {"users", "rows", "fallbacks", "bundle"}.
 
-    Shards are written below ROOT/_draft and moved when all are there; ROOT/manifest.json comes last, and is
+    Shards are written below ROOT/_draft and moved when all are there; ROOT/_manifest.json comes last, and is
     taken away before the first old shard goes.
     """
-    manifest_uri = storage.join(root, "manifest.json")
+    manifest_uri = storage.join(root, "_manifest.json")
     identity = {"bundle": storage.Directory(bundle_root).manifest["fingerprint"], "data": data.manifest["inputs"], "k": config.scoring.k}
     if storage.exists(manifest_uri) and storage.read_json(manifest_uri).get("identity") == identity:
         log.info("score: reused %s", root)
