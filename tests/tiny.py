@@ -157,3 +157,20 @@ def write_bundle(config: RunConfig, data: storage.Directory, model: Recommender,
     storage.write_json(storage.join(prefix, "metrics.json"), {})
     directory.publish("0" * 64, kind="bundle", fingerprint=fingerprint)
     return bundle.load(str(root))
+
+
+def write_encoder(folder: Path) -> Path:
+    """A tiny BERT with random weights and a word tokenizer, as a Hugging Face directory. It understands nothing:
+    it is here so that the encode stage runs."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "Thing", "even", "odd", "new", ",", *map(str, range(30))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    BertModel(config).save_pretrained(folder)
+    return folder

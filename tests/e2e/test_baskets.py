@@ -1,0 +1,159 @@
+"""The whole main job on a tiny log of baskets with impressions: `group`, `time`, two DDP workers, a text encoder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mtrec_ray import bundle, storage
+from mtrec_ray.config import RunConfig, parse_config
+from mtrec_ray.pipeline import STAGES, StageError, run_stages
+from mtrec_ray.serving.history import HistoryStore
+from tests import tiny
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def run(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    folder = tmp_path_factory.mktemp("e2e")
+    tiny.write_log(folder, users=40, visits=16, seed=5)
+    encoder = tiny.write_encoder(folder / "encoder")
+    config = tiny.make_config(folder, lambda raw: raw.update(encoder={"model": str(encoder), "batch_size": 8}))
+    run_stages(config, str(folder / "run"), STAGES)
+    return config, folder / "run"
+
+
+def read_metrics(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "metrics.json").read_text()))
+
+
+def test_metrics_have_the_promised_form(run: tuple[RunConfig, Path]) -> None:
+    metrics = read_metrics(run[1])
+    assert {"protocol", "model", "baselines", "slices", "rows", "timing", "peak_rss_mib"} <= set(metrics)
+    assert metrics["protocol"] == "time"
+    model = metrics["model"]
+    assert {"ndcg@10", "hr@10", "recall@10", "recall@20", "mrr"} <= set(model["retrieval"])
+    assert {"rmse", "mae"} <= set(model["rating"]) and {"auc", "logloss"} <= set(model["click"])
+    assert {"accuracy", "macro_f1"} <= set(model["taste"]) and "hit@10" in model["similar"]
+    assert {"popularity", "popularity_recent", "itemknn", "ease", "item_mean", "user_mean", "majority"} == set(metrics["baselines"])
+    assert set(metrics["timing"]) == set(metrics["peak_rss_mib"]) == set(STAGES)
+    assert {"cold_user", "cold_item"} <= set(metrics["slices"])
+    assert all(math.isfinite(v) for task in model.values() for v in task.values())
+
+
+def test_every_row_is_accounted_for(run: tuple[RunConfig, Path]) -> None:
+    rows = read_metrics(run[1])["rows"]
+    data, training = rows["data"], rows["training"]
+    assert data["read"] == data["events"] + data["quarantined"]
+    assert data["train_targets"] + data["valid_targets"] + data["test_targets"] == data["events"]
+    assert training["rows_read"] == training["rows_trained"] + training["rows_dropped"]
+    assert training["rows_trained"] == data["train_windows"] * 3 and training["workers"] == 2
+    assert training["events"] == data["train_targets"] * 3
+
+
+def test_the_model_learned_what_the_log_says(run: tuple[RunConfig, Path]) -> None:
+    """Even users click even items with 0.8, others with 0.15: the click head must find most of that."""
+    assert read_metrics(run[1])["model"]["click"]["auc"] > 0.6
+
+
+def test_no_test_event_was_trained_or_shown(run: tuple[RunConfig, Path]) -> None:
+    data = storage.Directory(str(run[1] / "data"))
+    valid_from, test_from = data.manifest["cuts"]
+    train = storage.read_table(data.path("windows", "train")).to_pylist()
+    assert max(t for w in train for t in [*w["target_time"], *w["history_time"]]) < valid_from
+    for name, begin in (("valid", valid_from), ("test", test_from)):
+        for w in storage.read_table(data.path("windows", name)).to_pylist():
+            assert len(set(w["target_time"])) == 1 and w["target_time"][0] >= begin
+            assert all(t < w["target_time"][0] for t in w["history_time"])
+
+
+def test_impressions_without_a_click_are_targets_but_never_history_or_positives(run: tuple[RunConfig, Path]) -> None:
+    data = storage.Directory(str(run[1] / "data"))
+    windows = storage.read_table(data.path("windows", "train")).to_pylist()
+    clicks = [c for w in windows for c in w["label_click"]]
+    assert 0 < np.mean(clicks) < 1
+    assert all(a == 1 for w in windows for a in w["history_action_click"])
+    assert all(p == c for w in windows for p, c in zip(w["target_positive"], w["label_click"], strict=True))
+
+
+def test_scores_have_the_promised_columns_and_ranks(run: tuple[RunConfig, Path]) -> None:
+    config, out = run
+    table = pq.read_table(out / "scores")
+    assert table.column_names == ["user_id", "item_id", "rank", "score", "retrieval", "click", "rating"]
+    by_user: dict[str, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        by_user.setdefault(row["user_id"], []).append(row)
+    assert set(by_user) == set(HistoryStore(str(out / "data")).user_ids())
+    for rows in by_user.values():
+        assert [r["rank"] for r in rows] == list(range(1, config.scoring.k + 1))
+        assert [r["score"] for r in rows] == sorted((r["score"] for r in rows), reverse=True)
+    metadata = pq.read_schema(next((out / "scores").glob("part-*.parquet"))).metadata
+    assert metadata[b"bundle"].decode() == bundle.load(str(out / "bundle")).fingerprint
+
+
+def test_published_directories_verify(run: tuple[RunConfig, Path]) -> None:
+    for name in ("data", "text", "train", "bundle"):
+        storage.Directory(str(run[1] / name)).verify()
+    assert list((run[1] / "train" / "tensorboard").rglob("events.out.tfevents*"))
+
+
+def test_a_second_run_reuses_every_stage(run: tuple[RunConfig, Path]) -> None:
+    config, out = run
+    watched = [*out.glob("*/manifest.json"), *out.glob("scores/*.parquet")]
+    before = {p: p.stat().st_mtime_ns for p in watched}
+    timing = read_metrics(out)["timing"]
+    run_stages(config, str(out), STAGES)
+    assert {p: p.stat().st_mtime_ns for p in watched} == before
+    assert read_metrics(out)["timing"] == timing
+
+
+def test_a_change_reruns_only_what_depends_on_it(run: tuple[RunConfig, Path]) -> None:
+    config, out = run
+    raw = config.model_dump(mode="json")
+    raw["scoring"]["k"] = 3
+    stages = ("data", "text", "train", "bundle")
+    before = [(out / n / "manifest.json").stat().st_mtime_ns for n in stages]
+    run_stages(parse_config(raw), str(out), STAGES)
+    assert [(out / n / "manifest.json").stat().st_mtime_ns for n in stages] == before
+    assert max(pq.read_table(out / "scores")["rank"].to_pylist()) == 3
+
+
+def test_a_stage_before_its_input_says_which_one_is_missing(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    for stage, needs in (("encode", "prepare"), ("train", "prepare"), ("index", "train"), ("evaluate", "train"), ("score", "evaluate")):
+        with pytest.raises(StageError, match=rf"jobs\.{needs}"):
+            run_stages(run[0], str(tmp_path / "empty"), (stage,))
+
+
+def test_a_job_killed_while_it_writes_scores_leaves_the_old_ones(run: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure after shards were written and before they were all there: the published lists stay whole."""
+    from mtrec_ray.scoring import batch
+
+    config, out = run
+    raw = config.model_dump(mode="json")
+    raw["scoring"]["k"] = 2
+    before = pq.read_table(out / "scores")
+
+    class Died(RuntimeError):
+        pass
+
+    def die(*_: Any, **__: Any) -> Any:
+        draft = out / "scores" / "_draft"
+        draft.mkdir()
+        (draft / "part-00000.parquet").write_bytes(b"half")
+        raise Died
+
+    monkeypatch.setattr(batch.ray.data, "from_items", die)
+    with pytest.raises(Died):
+        run_stages(parse_config(raw), str(out), ("score",))
+    monkeypatch.undo()
+    assert pq.read_table(out / "scores").equals(before)
+    run_stages(parse_config(raw), str(out), ("score",))
+    assert not (out / "scores" / "_draft").exists() and os.path.exists(out / "scores" / "_manifest.json")

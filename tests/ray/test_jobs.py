@@ -1,0 +1,63 @@
+"""The jobs as people run them: `ray job submit`, and mistakes on the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def write_config(folder: Path, **train: Any) -> Path:
+    tiny.write_log(folder)
+    raw = tiny.raw_config(folder)
+    raw["train"] |= {"epochs": 1, **train}
+    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
+    return folder / "run.yaml"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_pipeline_submitted_with_ray_job_submit_succeeds(ray_cluster: Any, tmp_path: Path) -> None:
+    config = write_config(tmp_path, workers=0)
+    ray = Path(sys.executable).parent / "ray"
+    command = [str(ray), "job", "submit", "--address", f"http://{ray_cluster.dashboard_url}", "--",
+               sys.executable, "-m", "jobs.pipeline", "--config", str(config), "--out", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "succeeded" in done.stdout
+    assert (tmp_path / "run" / "metrics.json").exists() and list((tmp_path / "run" / "scores").glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "{config}", "tasks.rating.wieght=1"], "tasks.rating.wieght: unknown key"),
+        (["--config", "{config}", "train.epochs=none"], "train.epochs"),
+        (["--config", "{config}", "train.epochs"], "expected key.path=value"),
+    ],
+)
+def test_a_mistake_gives_one_message_and_exit_code_two(tmp_path: Path, arguments: list[str], says: str) -> None:
+    config = write_config(tmp_path)
+    command = [sys.executable, "-m", "jobs.pipeline", *[a.format(config=config) for a in arguments]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+def test_training_that_would_wait_for_ever_is_refused(ray_cluster: Any, tmp_path: Path) -> None:
+    from mtrec_ray import runtime
+    from mtrec_ray.config import load_config
+
+    config = load_config(write_config(tmp_path, workers=64))
+    with pytest.raises(runtime.PreflightError, match=r"train\.workers is 64.*4 CPUs"):
+        runtime.preflight(config, str(tmp_path))
