@@ -17,7 +17,9 @@ USER_ERRORS = (ValueError, RuntimeError)
 
 def main(stages: tuple[str, ...], description: str, argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one message on standard error for a mistake that the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m jobs." + (stages[0] if len(stages) == 1 else "pipeline"), description=description)
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs." + (stages[0] if len(stages) == 1 else "pipeline"), description=description
+    )
     parser.add_argument("--config", required=True, help="YAML of the run, such as jobs/configs/ml100k.yaml")
     parser.add_argument("--out", help="run directory or URI (default runs/NAME with the config's name)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

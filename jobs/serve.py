@@ -47,7 +47,9 @@ def start(run: str, port: int) -> Callable[[], None]:
     application = settings["applications"][0]
     options = {d["name"]: {k: v for k, v in d.items() if k != "name"} for d in application["deployments"]}
     graph = build(Args(run=storage.absolute(run)), options)
-    serve.run(graph, name=application["name"], route_prefix=application["route_prefix"], logging_config={"enable_access_log": False})
+    serve.run(
+        graph, name=application["name"], route_prefix=application["route_prefix"], logging_config={"enable_access_log": False}
+    )
 
     def stop() -> None:
         serve.shutdown()

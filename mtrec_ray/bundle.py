@@ -1,15 +1,15 @@
 """The bundle: everything a trained recommender is, in one published, fingerprinted directory.
 
-    ROOT/manifest.json                  written last by evaluation: publishes
-    ROOT/<inputs>/config.json           the run's configuration
-    ROOT/<inputs>/schema.json           fitted transforms (LogSchema)
-    ROOT/<inputs>/catalogue.parquet     ids, titles, texts, popularity (the fallback)
-    ROOT/<inputs>/text_encoder.json     which TextEncoder made the text vectors
-    ROOT/<inputs>/weights.safetensors   the model
-    ROOT/<inputs>/items.safetensors     item_vec_ND
-    ROOT/<inputs>/index.json            how candidates are searched
-    ROOT/<inputs>/fingerprint.json      SHA-256 over all of the above
-    ROOT/<inputs>/metrics.json          added by evaluation; not part of the fingerprint
+ROOT/manifest.json                  written last by evaluation: publishes
+ROOT/<inputs>/config.json           the run's configuration
+ROOT/<inputs>/schema.json           fitted transforms (LogSchema)
+ROOT/<inputs>/catalogue.parquet     ids, titles, texts, popularity (the fallback)
+ROOT/<inputs>/text_encoder.json     which TextEncoder made the text vectors
+ROOT/<inputs>/weights.safetensors   the model
+ROOT/<inputs>/items.safetensors     item_vec_ND
+ROOT/<inputs>/index.json            how candidates are searched
+ROOT/<inputs>/fingerprint.json      SHA-256 over all of the above
+ROOT/<inputs>/metrics.json          added by evaluation; not part of the fingerprint
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def write(
         storage.write_bytes(storage.join(prefix, name), content)
     storage.write_table(storage.join(prefix, "catalogue.parquet"), catalogue)
     fingerprint = compute_fingerprint(prefix)
-    storage.write_json(storage.join(prefix, "fingerprint.json"), {"fingerprint": fingerprint, "schema_version": storage.SCHEMA_VERSION})
+    storage.write_json(
+        storage.join(prefix, "fingerprint.json"), {"fingerprint": fingerprint, "schema_version": storage.SCHEMA_VERSION}
+    )
     return fingerprint
 
 

@@ -6,11 +6,14 @@ the path of the key and what was expected; `key.path=value` on the command line 
 
 from __future__ import annotations
 
+import keyword
+import re
+import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mtrec_ray.expressions import Expression, ExpressionError
 
@@ -20,7 +23,21 @@ class ConfigError(ValueError):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+"""A whole number; YAML's true and false are none."""
+
+RESERVED = {"user_id", "item_id", "timestamp", "present", "row", "weight", "split", "rank", "score", "title"}
+"""Names of columns that events, windows and lists have anyway, and of expressions' one function."""
+CATALOGUE_COLUMNS = {"item_id", "trained", "count", "recent_count", "title", "text"}
 
 
 # --------------------------------------------------------------------------- data
@@ -56,6 +73,8 @@ class LabelConfig(_Model):
     def _check(self) -> LabelConfig:
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError("min is above max")
+        if self.expression is not None and not (self.min is None and self.max is None and self.values is None):
+            raise ValueError("min, max and values belong to a column of the log, not to an expression")
         return self
 
 
@@ -65,6 +84,12 @@ class AttributeConfig(_Model):
     column: str
     bins: tuple[float, ...] | None = None
     """Upper edges, exclusive: [25, 35, 50] gives <25, 25-34, 35-49 and 50+ for a whole-numbered column."""
+
+    @model_validator(mode="after")
+    def _check(self) -> AttributeConfig:
+        if self.bins is not None and (not self.bins or any(a >= b for a, b in zip(self.bins, self.bins[1:], strict=False))):
+            raise ValueError("bins are increasing edges such as [25, 35, 50]")
+        return self
 
 
 class ItemTextConfig(_Model):
@@ -76,6 +101,20 @@ class ItemTextConfig(_Model):
     """The column shown as the item's title."""
     columns: tuple[str, ...] = ()
     """Further columns kept in the catalogue (shown to people, used by slices)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ItemTextConfig:
+        try:
+            fields = [(f, s, c) for _, f, s, c in string.Formatter().parse(self.template) if f is not None]
+        except ValueError as error:
+            raise ValueError(f"template {self.template!r}: {error}") from None
+        for name, spec, conversion in fields:
+            if not name.isidentifier() or spec or conversion:
+                raise ValueError(f"template {self.template!r}: write fields as {{column}}, found {{{name}}}")
+        taken = set(self.columns) & CATALOGUE_COLUMNS
+        if taken:
+            raise ValueError(f"columns {sorted(taken)} would stand in for the catalogue's own; name others")
+        return self
 
 
 class DataConfig(_Model):
@@ -105,7 +144,7 @@ class DataConfig(_Model):
     """How train, valid and test are divided; see docs/evaluation.md."""
     time_split: tuple[float, float] = (0.8, 0.9)
     """`time` only: shares of events before the valid cut and before the test cut."""
-    window: int = Field(default=100, ge=2, le=4096)
+    window: Int = Field(default=100, ge=2, le=4096)
     """L, the history positions of a window, the start token included."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """The job stops before publishing when a larger share of the rows is quarantined."""
@@ -115,32 +154,43 @@ class DataConfig(_Model):
     """Events of users that the users table lacks; kept, they train everything but profiles."""
     recent_days: float = Field(default=30.0, gt=0)
     """Length of the recent-popularity window before the last training event."""
-    partitions: int | None = Field(default=None, ge=1)
+    partitions: Int | None = Field(default=None, ge=1)
     """User partitions (files). Default: from the number of rows and the cluster."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         plain = {n for n, label in self.labels.items() if label.expression is None}
-        for name in self.labels:
-            if not name.isidentifier():
-                raise ValueError(f"label {name!r}: names are letters, digits and underscores")
+        if not self.labels:
+            raise ValueError("labels: at least one is needed, such as click: {kind: binary}")
+        for name in (*self.labels, *self.context, *self.attributes):
+            if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
+                raise ValueError(f"{name!r} cannot be the name of a label, context column or attribute; map it to another name")
+        twice = set(self.labels) & set(self.context)
+        if twice:
+            raise ValueError(f"context: {sorted(twice)} are labels already")
         for name, label in self.labels.items():
             if label.expression is not None:
                 _expression(label.expression, plain, f"labels.{name}.expression")
         for name in self.actions:
             if name not in self.labels:
-                raise ValueError(f"actions names {name!r}, which is not among labels {sorted(self.labels)}")
+                raise ValueError(f"actions: {name!r} is not among labels {sorted(self.labels)}")
         if self.history is not None:
             _expression(self.history, set(self.labels), "history")
         if not 0 < self.time_split[0] < self.time_split[1] < 1:
-            raise ValueError("time_split must be two increasing shares between 0 and 1, such as [0.8, 0.9]")
+            raise ValueError("time_split: two increasing shares between 0 and 1, such as [0.8, 0.9]")
         if self.attributes and self.users is None:
-            raise ValueError("attributes need a users table")
+            raise ValueError("attributes: a users table is needed")
         if self.text is not None and self.items is None:
-            raise ValueError("text needs an items table")
+            raise ValueError("text: an items table is needed")
         overlap = {a.column for a in self.attributes.values()} | set(self.attributes)
-        for name in (*self.context, *self.actions):
-            if name in overlap:
+        columns = self.interactions.columns
+        for name in (*self.context, *self.action_names):
+            shown = self.labels.get(name)
+            reads = {name, columns.get(name, name)}
+            if shown is not None and shown.expression is not None:
+                inner = Expression(shown.expression).names
+                reads |= inner | {columns.get(n, n) for n in inner}
+            if reads & overlap:
                 raise ValueError(
                     f"{name!r} is a profile attribute and may not be an input feature: the model would read its target"
                 )
@@ -156,7 +206,12 @@ class DataConfig(_Model):
         """The expression that decides whether an event is history."""
         if self.history is not None:
             return self.history
-        return " or ".join(f"present({n})" if self.labels[n].kind == "numeric" else f"{n} > 0" for n in self.action_names)
+        return " or ".join(f"{n} != 0" for n in self.action_names)
+
+
+def _is_binary(label: LabelConfig) -> bool:
+    """Whether every value is 0 or 1: checked when the log is read, or sure by the expression's form."""
+    return label.kind == "binary" if label.expression is None else Expression(label.expression).is_truth
 
 
 def _expression(text: str, names: set[str], key: str) -> Expression:
@@ -179,30 +234,30 @@ class EncoderConfig(_Model):
     model: str
     """A local directory, `package:NAME/DIR` (a directory inside an installed package) or a hub name."""
     pooling: Literal["mean", "last", "cls"] = "mean"
-    max_tokens: int = Field(default=128, ge=4)
-    batch_size: int = Field(default=64, ge=1)
-    workers: int = Field(default=1, ge=1)
+    max_tokens: Int = Field(default=128, ge=4)
+    batch_size: Int = Field(default=64, ge=1)
+    workers: Int = Field(default=1, ge=1)
     """Ray Data actors."""
 
 
 class ModelConfig(_Model):
     """The trunk, the item tower and the sharing layers."""
 
-    width: int = Field(default=64, ge=4)
+    width: Int = Field(default=64, ge=4)
     """D."""
-    layers: int = Field(default=2, ge=1)
-    heads: int = Field(default=2, ge=1)
-    feed_forward: int = Field(default=256, ge=4)
+    layers: Int = Field(default=2, ge=1)
+    heads: Int = Field(default=2, ge=1)
+    feed_forward: Int = Field(default=256, ge=4)
     dropout: float = Field(default=0.3, ge=0, lt=1)
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of items whose id residual is dropped in a step, so that text alone must serve."""
-    sharing_width: int = Field(default=64, ge=1)
+    sharing_width: Int = Field(default=64, ge=1)
     """Width of the shared bottom."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            raise ValueError(f"width: {self.width} is not a multiple of heads {self.heads}")
         return self
 
 
@@ -231,7 +286,7 @@ class BinaryTask(_Task):
 
 class SimilarityTask(_Task):
     kind: Literal["similarity"]
-    within_positions: int = Field(default=3, ge=1)
+    within_positions: Int = Field(default=3, ge=1)
     """A pair is two training positives of one user at most this many history events apart ..."""
     within_hours: float = Field(default=24.0, gt=0)
     """... and at most this many hours."""
@@ -245,9 +300,7 @@ class ProfileTask(_Task):
     attribute: str
 
 
-TaskConfig = Annotated[
-    RetrievalTask | RegressionTask | BinaryTask | SimilarityTask | ProfileTask, Field(discriminator="kind")
-]
+TaskConfig = Annotated[RetrievalTask | RegressionTask | BinaryTask | SimilarityTask | ProfileTask, Field(discriminator="kind")]
 
 
 class BalancingConfig(_Model):
@@ -261,43 +314,43 @@ class BalancingConfig(_Model):
 class TrainConfig(_Model):
     """The training loop."""
 
-    epochs: int = Field(default=30, ge=1)
+    epochs: Int = Field(default=30, ge=1)
     """An upper bound; early stopping may end sooner."""
-    batch_windows: int = Field(default=32, ge=1)
+    batch_windows: Int = Field(default=32, ge=1)
     """Windows of a global batch, whatever the number of workers."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: Int = Field(default=1, ge=1)
     """Micro-batches that a global batch is computed in, to save memory."""
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Int = Field(default=0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay per step of an exponential moving average of the weights; it is what is evaluated and kept. 0 is off."""
-    workers: int = Field(default=2, ge=0)
+    workers: Int = Field(default=2, ge=0)
     """DDP workers of Ray Train; 0 runs in the driver's process."""
-    threads: int = Field(default=1, ge=1)
+    threads: Int = Field(default=1, ge=1)
     """torch threads of a worker."""
     use_gpu: bool = False
     monitor: str = "retrieval/ndcg@10"
     """`task/metric` on valid that selects the best checkpoint."""
-    patience: int = Field(default=10, ge=1)
+    patience: Int = Field(default=10, ge=1)
     """Epochs without improvement before training stops."""
-    evaluate_every: int = Field(default=1, ge=1)
+    evaluate_every: Int = Field(default=1, ge=1)
     """Epochs between evaluations on valid."""
-    max_failures: int = Field(default=1, ge=0)
+    max_failures: Int = Field(default=1, ge=0)
     """Restarts by Ray Train, each from the last checkpoint."""
 
 
 class RankingConfig(_Model):
-    candidates: int = Field(default=200, ge=1)
+    candidates: Int = Field(default=200, ge=1)
     """K retrieved before scoring."""
 
 
 class ScoringConfig(_Model):
-    k: int = Field(default=100, ge=1)
-    batch_users: int = Field(default=256, ge=1)
-    workers: int = Field(default=1, ge=1)
+    k: Int = Field(default=100, ge=1)
+    batch_users: Int = Field(default=256, ge=1)
+    workers: Int = Field(default=1, ge=1)
 
 
 class EvaluationConfig(_Model):
@@ -307,9 +360,9 @@ class EvaluationConfig(_Model):
         "itemknn",
         "ease",
     )
-    bootstrap: int = Field(default=1000, ge=0)
+    bootstrap: Int = Field(default=1000, ge=0)
     """Resamples of users in the paired comparison with the best baseline."""
-    batch_windows: int = Field(default=256, ge=1)
+    batch_windows: Int = Field(default=256, ge=1)
     profile_folds_test: tuple[int, ...] = (0, 1)
     profile_fold_valid: int = 2
 
@@ -325,7 +378,7 @@ class RunConfig(_Model):
     """One run: data, encoder, model, tasks, training, evaluation."""
 
     name: str
-    seed: int = 0
+    seed: Int = 0
     data: DataConfig
     encoder: EncoderConfig | None = None
     model: ModelConfig = ModelConfig()
@@ -341,9 +394,7 @@ class RunConfig(_Model):
         labels = self.data.labels
         retrieval = [n for n, t in self.tasks.items() if t.kind == "retrieval"]
         if len(retrieval) != 1:
-            raise ValueError(
-                f"tasks: exactly one task of kind retrieval is needed (it selects the candidates), found {retrieval}"
-            )
+            raise ValueError(f"tasks: exactly one task of kind retrieval is needed (it selects the candidates), found {retrieval}")
         similarity = [n for n, t in self.tasks.items() if t.kind == "similarity"]
         if len(similarity) > 1:
             raise ValueError(f"tasks: at most one task of kind similarity, found {similarity}")
@@ -353,12 +404,10 @@ class RunConfig(_Model):
                 raise ValueError(f"{key}: task names are letters, digits and underscores, and not a column of the output")
             if isinstance(task, RegressionTask | BinaryTask) and task.label not in labels:
                 raise ValueError(f"{key}.label: {task.label!r} is not among data.labels {sorted(labels)}")
-            if isinstance(task, BinaryTask) and labels[task.label].expression is None and labels[task.label].kind != "binary":
-                raise ValueError(f"{key}.label: {task.label!r} is numeric; say kind: binary or derive it by an expression")
+            if isinstance(task, BinaryTask) and not _is_binary(labels[task.label]):
+                raise ValueError(f"{key}.label: {task.label!r} is numeric; say kind: binary or derive it by a comparison")
             if isinstance(task, ProfileTask) and task.attribute not in self.data.attributes:
-                raise ValueError(
-                    f"{key}.attribute: {task.attribute!r} is not among data.attributes {sorted(self.data.attributes)}"
-                )
+                raise ValueError(f"{key}.attribute: {task.attribute!r} is not among data.attributes {sorted(self.data.attributes)}")
             if isinstance(task, RetrievalTask) and task.positive is not None:
                 _expression(task.positive, set(labels), f"{key}.positive")
         if self.encoder is not None and self.data.text is None:
@@ -389,8 +438,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
@@ -400,6 +451,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return parse_config(raw, str(path))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key may occur once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def parse_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
     """Validate a mapping; `source` names it in messages."""
     try:
@@ -407,16 +471,19 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
     except ValidationError as error:
         lines = [f"{source}: {len(error.errors())} wrong key(s)"]
         for e in error.errors():
-            key = ".".join(str(p) for p in e["loc"] if p not in _KINDS) or "(top level)"
+            loc = [str(p) for p in e["loc"]]
+            if len(loc) > 2 and loc[0] == "tasks":
+                del loc[2]  # pydantic names the kind of a task in the path
+            message = e["msg"].removeprefix("Value error, ")
             if e["type"] == "extra_forbidden":
-                lines.append(f"  {key}: unknown key")
+                lines.append(f"  {'.'.join(loc)}: unknown key")
+            elif e["type"] == "value_error" and isinstance(e["input"], dict):
+                dot = bool(re.match(r"[\w.]+: ", message)) or not loc  # a part's own check may begin with the key
+                lines.append("  " + ".".join(loc) + (("." if loc else "") if dot else ": ") + message)
             else:
                 found = "" if isinstance(e["input"], dict) else f" (found {e['input']!r})"
-                lines.append(f"  {key}: {e['msg'].removeprefix('Value error, ')}{found}")
+                lines.append(f"  {'.'.join(loc)}: {message}{found}")
         raise ConfigError("\n".join(lines)) from None
-
-
-_KINDS = ("retrieval", "regression", "binary", "similarity", "profile")
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

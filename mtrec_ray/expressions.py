@@ -42,12 +42,20 @@ class Expression:
         self.text = text
         try:
             self._body = ast.parse(text, mode="eval").body
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
             raise ExpressionError(f"{text!r} is not an expression such as 'rating >= 4'") from None
-        self.names: frozenset[str] = frozenset(
-            n.id for n in ast.walk(self._body) if isinstance(n, ast.Name) and n.id != "present"
-        )
-        self({name: np.zeros(1) for name in self.names})  # refuses what is not supported, before any data is read
+        self.names: frozenset[str] = frozenset(n.id for n in ast.walk(self._body) if isinstance(n, ast.Name) and n.id != "present")
+        try:  # refuses what is not supported, before any data is read
+            self({name: np.zeros(1) for name in self.names})
+        except (RecursionError, MemoryError, OverflowError):
+            raise ExpressionError(f"{text[:60]!r}…: too deep, or a number too large") from None
+
+    @property
+    def is_truth(self) -> bool:
+        """Whether every value is 0, 1 or missing, by the form of the expression."""
+        body = self._body
+        negated = isinstance(body, ast.UnaryOp) and isinstance(body.op, ast.Not)
+        return negated or isinstance(body, ast.Compare | ast.BoolOp | ast.Call)
 
     def __call__(self, columns: Mapping[str, FloatArray]) -> FloatArray:
         """Evaluate on columns of equal length -> float64, 1 true, 0 false, NaN missing."""

@@ -155,7 +155,7 @@ def _changed(directory: storage.Directory, work: Callable[[], Any]) -> bool:
 
     before = inputs()
     work()
-    return before != inputs() or before is None and inputs() is not None
+    return before != inputs() or (before is None and inputs() is not None)
 
 
 def run_stages(config: RunConfig, out: str, stages: tuple[str, ...]) -> Run:

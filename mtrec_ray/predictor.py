@@ -287,9 +287,7 @@ class Predictor:
             out.append({"items": entries, "degraded": list(marks)})
         return out
 
-    def score_items(
-        self, history: History, item_ids: Sequence[str], context: Mapping[str, object] | None = None
-    ) -> dict[str, Any]:
+    def score_items(self, history: History, item_ids: Sequence[str], context: Mapping[str, object] | None = None) -> dict[str, Any]:
         """Given items for one history, in the order given. Raises UnknownItemError."""
         encoded = self.encode_histories([history])
         item_BK = torch.from_numpy(self.items(item_ids))[None]

@@ -79,7 +79,5 @@ def bin_names(edges: Sequence[float]) -> tuple[str, ...]:
     """[25, 35, 50] -> ("<25", "25-34", "35-49", "50+")."""
     whole = all(float(e).is_integer() for e in edges)
     show = [str(int(e)) if whole else str(e) for e in edges]
-    middle = [
-        f"{show[i]}-{int(edges[i + 1]) - 1}" if whole else f"{show[i]}-{show[i + 1]}" for i in range(len(edges) - 1)
-    ]
+    middle = [f"{show[i]}-{int(edges[i + 1]) - 1}" if whole else f"{show[i]}-{show[i + 1]}" for i in range(len(edges) - 1)]
     return (f"<{show[0]}", *middle, f"{show[-1]}+")

@@ -48,7 +48,8 @@ def absolute(uri: str | Path) -> str:
 
 
 def join(uri: str | Path, *parts: str) -> str:
-    return "/".join([str(uri).rstrip("/"), *parts])
+    path, mark, query = str(uri).partition("?") if "://" in str(uri) else (str(uri), "", "")
+    return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
 def exists(uri: str | Path) -> bool:
@@ -75,7 +76,7 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 def read_json(uri: str | Path) -> Any:
     try:
         return json.loads(read_bytes(uri))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StorageError(f"{uri}: damaged JSON: {error}") from None
 
 
@@ -105,9 +106,11 @@ def list_files(uri: str | Path, suffix: str = "") -> list[str]:
     """Paths (without scheme) of the files below a directory, sorted; hidden files are left out."""
     filesystem, path = resolve(uri)
     infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
-    return sorted(
-        i.path for i in infos if i.is_file and i.path.endswith(suffix) and not i.base_name.startswith((".", "_"))
-    )
+    return sorted(i.path for i in infos if i.is_file and i.path.endswith(suffix) and not _hidden(i.path.removeprefix(path)))
+
+
+def _hidden(relative: str) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.strip("/").split("/"))
 
 
 def delete(uri: str | Path) -> None:
@@ -135,13 +138,9 @@ def file_fingerprint(uri: str | Path) -> str:
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
         raise StorageError(f"{uri}: not found")
-    digest = hashlib.sha256()
-    for p in [path] if info.is_file else list_files(uri):
-        digest.update(p.removeprefix(path).encode())
-        with filesystem.open_input_stream(p) as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
+    if info.is_file:
+        return file_fingerprint_of_path(str(uri), path)
+    return fingerprint({p.removeprefix(path): file_fingerprint_of_path(str(uri), p) for p in list_files(uri)})
 
 
 class Directory:
@@ -170,7 +169,10 @@ class Directory:
         """Whether what is made from `inputs` is here and complete."""
         if not exists(self._manifest_uri):
             return False
-        manifest = read_json(self._manifest_uri)
+        try:
+            manifest = read_json(self._manifest_uri)
+        except StorageError:  # damaged: as if there were none
+            return False
         return bool(manifest.get("inputs") == inputs and manifest.get("schema_version") == SCHEMA_VERSION)
 
     def publish(self, inputs: str, **meta: Any) -> dict[str, Any]:

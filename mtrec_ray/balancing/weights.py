@@ -11,6 +11,8 @@ from mtrec_ray.config import BalancingConfig
 class Static(nn.Module):
     """λ as configured."""
 
+    static_T: Tensor
+
     def __init__(self, static_T: Tensor) -> None:
         super().__init__()
         self.register_buffer("static_T", static_T)
@@ -30,6 +32,8 @@ class Uncertainty(nn.Module):
 
     The term of s counts only when the task has labels in the global batch. s takes no weight decay.
     """
+
+    static_T: Tensor
 
     def __init__(self, static_T: Tensor) -> None:
         super().__init__()

@@ -41,8 +41,9 @@ def read_users(data: DataConfig) -> pa.Table | None:
 
 def _unique(table: pa.Table, key: str, what: str) -> pa.Table:
     if table[key].null_count:
-        raise SourceError(f"{what}: {table[key].null_count} row(s) without {key}; the first is row "
-                          f"{pc.index(table[key].is_null(), True).as_py()}")
+        raise SourceError(
+            f"{what}: {table[key].null_count} row(s) without {key}; the first is row {pc.index(table[key].is_null(), True).as_py()}"
+        )
     counts = pc.value_counts(table[key].combine_chunks())
     double = [c["values"].as_py() for c in counts if c["counts"].as_py() > 1]
     if double:

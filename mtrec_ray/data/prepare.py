@@ -88,7 +88,9 @@ def prepare(config: RunConfig, root: str) -> storage.Directory:
     if not fitted["positives"]:
         raise DataError(f"no training event is a retrieval positive ({config.positive_expression!r})")
     rows["users_without_attributes"] = fitted["users_without_attributes"]
-    directory.publish(inputs, kind="data", partitions=job.partitions, rows=rows, cuts=list(cuts), test_sha256=_test_hash(prefix, catalogue))
+    directory.publish(
+        inputs, kind="data", partitions=job.partitions, rows=rows, cuts=list(cuts), test_sha256=_test_hash(prefix, catalogue)
+    )
     log.info("prepare: %s", rows)
     return directory
 
@@ -217,14 +219,16 @@ def _over_partitions(job: _Job, function: Any) -> list[dict[str, Any]]:
 def _time_cuts(job: _Job, n_events: int) -> tuple[int, int]:
     """Times at which the given shares of events have passed: exact, by counting events per distinct second."""
 
-    def count(me: _Job, number: int, table: pa.Table) -> tuple[Any, Any]:
-        return np.unique(table[TIME].to_numpy() // 1000, return_counts=True)
+    def count(me: _Job, number: int, table: pa.Table) -> dict[str, Any]:
+        seconds, counts = np.unique(table[TIME].to_numpy() // 1000, return_counts=True)
+        return {"seconds": seconds, "counts": counts}
 
     parts = _over_partitions(job, count)
-    seconds, inverse = np.unique(np.concatenate([p[0] for p in parts]), return_inverse=True)
-    totals = np.bincount(inverse, weights=np.concatenate([p[1] for p in parts]))
+    seconds, inverse = np.unique(np.concatenate([p["seconds"] for p in parts]), return_inverse=True)
+    totals = np.bincount(inverse, weights=np.concatenate([p["counts"] for p in parts]))
     passed = np.concatenate([[0], np.cumsum(totals)])[:-1] / n_events
-    first, second = (int(seconds[min(np.searchsorted(passed, share), len(seconds) - 1)]) * 1000 for share in job.data.time_split)
+    place = np.minimum(np.searchsorted(passed, np.array(job.data.time_split)), len(seconds) - 1)
+    first, second = (int(s) * 1000 for s in seconds[place])
     if not seconds[0] * 1000 < first < second:
         raise DataError(
             f"protocol time: the log's times cannot be cut at shares {list(job.data.time_split)} "

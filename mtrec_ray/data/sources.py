@@ -7,10 +7,14 @@ survives any order of reading.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -74,13 +78,13 @@ def _describe(
         if table.format == "parquet":
             with filesystem.open_input_file(path) as source:
                 metadata = pq.ParquetFile(source).metadata
-            groups = [(g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
+            groups: list[tuple[int | None, int]] = [(g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
             return set(metadata.schema.to_arrow_schema().names), groups
         with filesystem.open_input_stream(path) as source:
-            header = source.read(1 << 16).decode("utf-8-sig", errors="replace").split("\n", 1)[0].rstrip("\r")
-        if not header:
+            names = _header(table, source)
+        if not names:
             raise SourceError(f"{what}: {path} is empty")
-        return {_plain(table, n) for n in header.split(_delimiter(table))}, [(None, 0)]
+        return {_plain(table, n) for n in names}, [(None, 0)]
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(f"{what}: {path} cannot be read as {table.format}: {error}") from None
 
@@ -90,15 +94,29 @@ def _delimiter(table: TableConfig) -> str:
 
 
 def _plain(table: TableConfig, name: str) -> str:
-    name = name.strip().strip('"')
     return name.split(":", 1)[0] if table.format == "recbole" else name
+
+
+def _header(table: TableConfig, source: pa.NativeFile) -> list[str]:
+    """Column names of a CSV or atomic file's first line; empty for an empty file."""
+    line = source.read(1 << 16).decode("utf-8-sig", errors="replace").split("\n", 1)[0].rstrip("\r")
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if table.format == "recbole" else csv.QUOTE_MINIMAL
+    return [n.strip() for n in next(csv.reader([line], delimiter=_delimiter(table), quoting=quoting), [])]
 
 
 def read_unit(table: TableConfig, unit: Unit, needed: list[str]) -> Iterator[tuple[pa.Table, list[tuple[int, str]]]]:
     """Stream a unit -> (table of `needed` columns and ROW, rows that are not even a row: (row, text)).
 
     CSV columns come as strings (typing is the validation's work); Parquet columns as they are.
+    Raises SourceError naming the file when it breaks while it is read.
     """
+    try:
+        yield from _read_unit(table, unit, needed)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SourceError(f"{unit.path} cannot be read as {table.format}: {error}") from None
+
+
+def _read_unit(table: TableConfig, unit: Unit, needed: list[str]) -> Iterator[tuple[pa.Table, list[tuple[int, str]]]]:
     filesystem, _ = resolve(table.path)
     base = (unit.file_index << 40) + unit.first_row
     if table.format == "parquet":
@@ -120,30 +138,41 @@ def read_unit(table: TableConfig, unit: Unit, needed: list[str]) -> Iterator[tup
         return "skip"
 
     with filesystem.open_input_stream(unit.path) as source:
-        header_reader = source.read(1 << 16).decode("utf-8-sig", errors="replace").split("\n", 1)[0].rstrip("\r")
-    names = [n.strip().strip('"') for n in header_reader.split(_delimiter(table))]
+        names = _header(table, source)
+    with filesystem.open_input_stream(unit.path) as source:
+        start = source.read(1 << 16)
+        if b"\n" not in start.rstrip(b"\r\n") and len(start) < 1 << 16:
+            return  # a header alone
     by_plain = {_plain(table, n): n for n in names}
     columns = [by_plain[table.columns.get(n, n)] for n in needed]
     quote: str | bool = False if table.format == "recbole" else '"'
     with filesystem.open_input_stream(unit.path) as source:
         reader = pacsv.open_csv(
             source,
-            read_options=pacsv.ReadOptions(use_threads=False, block_size=8 << 20),
+            read_options=pacsv.ReadOptions(use_threads=False, block_size=8 << 20, column_names=names, skip_rows=1),
             parse_options=pacsv.ParseOptions(
-                delimiter=_delimiter(table), quote_char=quote, invalid_row_handler=not_a_row
+                delimiter=_delimiter(table),
+                quote_char=quote,
+                newlines_in_values=table.format == "csv",
+                invalid_row_handler=not_a_row,
             ),
             convert_options=pacsv.ConvertOptions(
-                column_types={n: pa.string() for n in names}, include_columns=sorted(set(columns)), strings_can_be_null=True,
-                quoted_strings_can_be_null=False, null_values=[""],
+                column_types={n: pa.string() for n in names},
+                include_columns=sorted(set(columns)),
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+                null_values=[""],
             ),
         )
         position = base
+        skipped: list[int] = []  # numbers of the rows that are none, which no good row may take
         for batch in reader:
             block = pa.Table.from_batches([batch])
             picked = pa.table({n: block[c] for n, c in zip(needed, columns, strict=True)})
-            rows = pa.array(range(position, position + len(picked)), pa.int64())
-            position += len(picked)
-            yield picked.append_column(ROW, rows), broken.copy()
+            skipped = sorted(n for n in {*skipped, *(number for number, _ in broken)} if n >= position)
+            numbers = np.setdiff1d(np.arange(position, position + len(picked) + len(skipped)), skipped)[: len(picked)]
+            position = int(numbers[-1]) + 1 if len(numbers) else position
+            yield picked.append_column(ROW, pa.array(numbers, pa.int64())), broken.copy()
             broken.clear()
         if broken:
             empty = pa.table({n: pa.array([], pa.string()) for n in needed})
@@ -166,11 +195,9 @@ def read_all(table: TableConfig, needed: list[str], what: str) -> pa.Table:
 def id_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Any column as UTF-8 strings; whole-numbered floats lose their '.0', empty strings become null."""
     if pa.types.is_floating(column.type):
-        whole = column.cast(pa.int64(), safe=False)
-        if whole.cast(column.type).equals(column):
-            column = whole
+        values = column.cast(pa.float64()).to_numpy()
+        text = [None if np.isnan(v) else str(int(v)) if abs(v) < 2**53 and v == int(v) else repr(float(v)) for v in values]
+        return pa.chunked_array([pa.array(text, pa.string())])
     if not pa.types.is_string(column.type):
         column = column.cast(pa.string())
-    import pyarrow.compute as pc
-
     return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mtrec_ray.config import DataConfig
@@ -17,9 +18,7 @@ USER, ITEM, TIME = "user_id", "item_id", "timestamp"
 _TO_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 _LATEST_MS = 7_258_118_400_000  # the year 2200: a later time is a wrong unit
 
-QUARANTINE = pa.schema(
-    [(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), ("raw", pa.string())]
-)
+QUARANTINE = pa.schema([(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
 
 
 def needed_columns(data: DataConfig) -> list[str]:
@@ -49,8 +48,6 @@ def validate(
 
     The first reason that applies is kept. Missing labels are fine (they are masked later).
     """
-    import pyarrow.compute as pc
-
     n = len(table)
     reason: NDArray[np.object_] = np.full(n, None, dtype=object)
 
@@ -61,7 +58,7 @@ def validate(
     mark(users.is_null().to_numpy(), "user_id is missing")
     mark(items.is_null().to_numpy(), "item_id is missing")
     time = _milliseconds(table[TIME], data.time_unit)
-    mark(table[TIME].is_null().to_numpy(), "timestamp is missing")
+    mark(_empty(table[TIME]), "timestamp is missing")
     mark(np.isnan(time), "timestamp is not a number")
     mark((time < 0) | (time > _LATEST_MS), f"timestamp is outside 1970 to 2200 (time_unit {data.time_unit})")
     labels: dict[str, NDArray[np.float64]] = {}
@@ -69,7 +66,7 @@ def validate(
         if label.expression is not None:
             continue
         values = _numbers(table[name])
-        present = ~table[name].is_null().to_numpy()
+        present = ~_empty(table[name])
         if pa.types.is_floating(table[name].type):
             present &= ~np.isnan(table[name].to_numpy())
         mark(present & ~np.isfinite(values), f"{name} is not a number")
@@ -114,9 +111,7 @@ def derive(plain: Mapping[str, NDArray[np.float64]], data: DataConfig, n: int) -
     return out
 
 
-def quarantine_rows(
-    table: pa.Table, file: str, bad: NDArray[np.bool_], reason: NDArray[np.object_]
-) -> pa.Table:
+def quarantine_rows(table: pa.Table, file: str, bad: NDArray[np.bool_], reason: NDArray[np.object_]) -> pa.Table:
     """The bad rows of a table in the quarantine's form."""
     where = np.flatnonzero(bad)
     raw_columns = [n for n in table.column_names if n != ROW]
@@ -135,10 +130,12 @@ def quarantine_rows(
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
     """float64; NaN where missing or not a number."""
     kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _numbers(column.cast(kind.value_type))
     if pa.types.is_boolean(kind):
         column = column.cast(pa.int8())
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-        return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
+    if any(check(kind) for check in (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)):
+        return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return np.asarray(pd.to_numeric(column.to_pandas(), errors="coerce"), dtype=np.float64)
     return np.full(len(column), np.nan)
@@ -148,4 +145,24 @@ def _milliseconds(column: pa.ChunkedArray, unit: str) -> NDArray[np.float64]:
     if pa.types.is_timestamp(column.type):
         values = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()).cast(pa.float64())
         return np.asarray(values.to_numpy(), dtype=np.float64)
+    if unit in ("us", "ns"):  # float64 cannot hold them: whole numbers are divided as such
+        per_ms = 1_000 if unit == "us" else 1_000_000
+        whole = column
+        if pa.types.is_string(column.type):
+            digits = pc.if_else(pc.match_substring_regex(column, "^-?[0-9]{1,18}$|^-?[0-8][0-9]{18}$"), column, None)
+            whole = digits.cast(pa.int64())
+        if pa.types.is_integer(whole.type):
+            values = whole.combine_chunks()
+            milliseconds = np.floor_divide(values.fill_null(0).to_numpy(), per_ms).astype(np.float64)
+            return np.where(
+                values.is_null().to_numpy(zero_copy_only=False), np.floor(_numbers(column) * _TO_MS[unit]), milliseconds
+            )
     return np.floor(_numbers(column) * _TO_MS[unit])
+
+
+def _empty(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Where there is no value: null, or the empty string of a quoted CSV field."""
+    empty = column.is_null().to_numpy()
+    if pa.types.is_string(column.type):
+        empty |= pc.equal(column, "").fill_null(False).to_numpy()
+    return np.asarray(empty, dtype=bool)

@@ -157,9 +157,7 @@ def moment_layout(events: Events, split: NDArray[np.int8], which: int, length: i
     k = visible_history(events, events.is_history, same_time)[target]
     new = np.ones(len(target), dtype=bool)
     if same_time == "group":
-        new[1:] = (events.user[target][1:] != events.user[target][:-1]) | (
-            events.time[target][1:] != events.time[target][:-1]
-        )
+        new[1:] = (events.user[target][1:] != events.user[target][:-1]) | (events.time[target][1:] != events.time[target][:-1])
     first = np.flatnonzero(new)
     target_offsets = np.concatenate([first, [len(target)]]).astype(np.int64)
     user, k_moment = events.user[target[first]], k[first]

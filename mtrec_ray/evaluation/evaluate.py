@@ -99,7 +99,9 @@ def _evaluate_batch(predictor: Predictor, cache: WindowCache, index: IntArray) -
     p_row, p_item = torch.from_numpy(row[positive]), torch.from_numpy(item[positive])
     rank = m.pessimistic_rank(score_BN, p_row, p_item)
     retrieval = m.ranking_metrics(row[positive], rank, B)
-    context = {c.name: torch.from_numpy(columns[f"target_context_{c.name}"][target].astype(np.int64)) for c in predictor.schema.context}
+    context = {
+        c.name: torch.from_numpy(columns[f"target_context_{c.name}"][target].astype(np.int64)) for c in predictor.schema.context
+    }
     first_target = torch.from_numpy(np.searchsorted(row, np.arange(B)))
     moment_context = {n: v[first_target] for n, v in context.items()}
     final_rank = _final_rank(predictor, encoded, state_BD, moment_context, p_row, p_item, rank)
@@ -174,7 +176,7 @@ def summarise(
 ) -> dict[str, dict[str, float]]:
     """Records -> {task: {metric: value}}. folds: the folds whose users judge profiles."""
     keep = np.ones(len(records.user), bool) if select is None else select
-    users, user = np.unique(records.user, return_inverse=True)
+    _, user = np.unique(records.user, return_inverse=True)
     point_keep = keep[records.point_moment]
     out: dict[str, dict[str, float]] = {}
     for name, task in predictor.config.tasks.items():

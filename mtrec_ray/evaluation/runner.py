@@ -40,7 +40,9 @@ def measure(config: RunConfig, data: storage.Directory, bundle_prefix: str, spli
     """Records of a whole split, measured by Ray Data actors part by part."""
     parts = storage.list_files(data.path("windows", split), ".parquet")
     dataset = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=len(parts)).map(
-        _Actor, fn_constructor_args=(bundle_prefix, config.evaluation.batch_windows), compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(parts), 2))
+        _Actor,
+        fn_constructor_args=(bundle_prefix, config.evaluation.batch_windows),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(parts), 2)),
     )
     return Records.merge([pickle.loads(r["records"]) for r in dataset.take_all()])
 
@@ -51,9 +53,7 @@ def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str) -> 
     Raises EvaluationError when the split has no test targets.
     """
     predictor = bundle.load(bundle_prefix)
-    train, valid, test = (
-        WindowCache.from_table(storage.read_table(data.path("windows", s))) for s in ("train", "valid", "test")
-    )
+    train, valid, test = (WindowCache.from_table(storage.read_table(data.path("windows", s))) for s in ("train", "valid", "test"))
     if not len(test):
         raise EvaluationError(f"protocol {config.data.protocol} leaves no test targets; nothing can be evaluated")
     records = measure(config, data, bundle_prefix, "test")
@@ -66,7 +66,7 @@ def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str) -> 
     rankers = b.fit_rankers(config.evaluation.baselines, predictor, count, recent, train, valid)
     retrieval = config.retrieval_task
     # baselines see the same moments in the cache's order; the model's records may come in another: compare by user
-    users, order = np.unique(np.array(test.user_ids.to_pylist(), dtype=object), return_inverse=True)
+    _, order = np.unique(np.array(test.user_ids.to_pylist(), dtype=object), return_inverse=True)
     _, model_order = np.unique(records.user, return_inverse=True)
     results: dict[str, dict[str, dict[str, float]]] = {}
     per_user: dict[str, Any] = {}

@@ -25,7 +25,6 @@ class Recommender(nn.Module):
     def __init__(self, config: RunConfig, schema: LogSchema, text_NE: Tensor | None) -> None:
         super().__init__()
         self.schema = schema
-        width = config.model.width
         text_width = 0 if text_NE is None else text_NE.shape[1]
         self.register_buffer("text_NE", text_NE, persistent=False)
         self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)

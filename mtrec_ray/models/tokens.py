@@ -13,6 +13,8 @@ from mtrec_ray.schema import ActionSpec, ContextSpec
 class ActionEmbedding(nn.Module):
     """An action as a vector: an embedding of its value if it has few, else its standardised value."""
 
+    values: Tensor
+
     def __init__(self, spec: ActionSpec, width: int) -> None:
         super().__init__()
         self.spec = spec
@@ -44,6 +46,7 @@ class EventTokens(nn.Module):
         self.gap = nn.Embedding(GAP_BUCKETS, config.width)
         self.context = nn.ModuleDict({c.name: nn.Embedding(len(c.values) + 1, config.width) for c in context})
         for module in (self.gap, *self.context.values()):
+            assert isinstance(module, nn.Embedding)
             nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:

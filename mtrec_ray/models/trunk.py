@@ -49,7 +49,7 @@ class Trunk(nn.Module):
     def forward(self, token_BSD: Tensor) -> Tensor:
         """token_BSD: S ≤ L - 1 events -> state_BLD with L = S + 1; state p has seen events 1..p."""
         B, S, D = token_BSD.shape
-        assert S < self.length, f"{S} events do not fit a window of {self.length}"
+        assert self.length > S, f"{S} events do not fit a window of {self.length}"
         x_BLD = torch.cat([self.start.expand(B, 1, D), token_BSD], dim=1)
         x_BLD = self.dropout(x_BLD + self.position.weight[: S + 1])
         for layer in self.layers:

@@ -66,7 +66,11 @@ def score(config: RunConfig, data: storage.Directory, bundle_root: str, root: st
     taken away before the first old shard goes.
     """
     manifest_uri = storage.join(root, "_manifest.json")
-    identity = {"bundle": storage.Directory(bundle_root).manifest["fingerprint"], "data": data.manifest["inputs"], "k": config.scoring.k}
+    identity = {
+        "bundle": storage.Directory(bundle_root).manifest["fingerprint"],
+        "data": data.manifest["inputs"],
+        "k": config.scoring.k,
+    }
     if storage.exists(manifest_uri) and storage.read_json(manifest_uri).get("identity") == identity:
         log.info("score: reused %s", root)
         return dict(storage.read_json(manifest_uri)["counts"])

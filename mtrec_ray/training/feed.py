@@ -62,7 +62,8 @@ class WindowCache:
         if (folder / "user_id.arrow").exists():
             return folder
         draft = folder.with_name(f"{folder.name}.{os.getpid()}")
-        draft.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)  # left by a killed process that had this id
+        draft.mkdir(parents=True)
         kinds: dict[str, str] = {}
         ends = dict.fromkeys(_RAGGED.values(), 0)
         users = []

@@ -80,7 +80,7 @@ def train_step(losses: nn.Module, model: Recommender, optimizer: torch.optim.Opt
     total_T = torch.zeros_like(count_T)
     for i, batch in enumerate(micro):
         last = i == len(micro) - 1
-        quiet = contextlib.nullcontext() if last or not hasattr(losses, "no_sync") else losses.no_sync()
+        quiet = contextlib.nullcontext() if last or not hasattr(losses, "no_sync") else losses.no_sync()  # type: ignore[operator]
         with quiet:
             loss, sum_T = losses(batch, scale_T, present_T / len(micro))
             loss.backward()
@@ -133,7 +133,7 @@ def fit(
     losses: nn.Module = _Losses(model, balancer).to(device)
     optimizer = build_optimizer(losses, train)
     scheduler = build_scheduler(optimizer, train, train.epochs * feed.steps_per_epoch)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema)) if train.ema else None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema)) if train.ema else None  # type: ignore[no-untyped-call]
     first_epoch, best_value, best_epoch, bad_epochs = 0, -math.inf, -1, 0
     best_state: dict[str, Tensor] = {}
     if resume is not None:
@@ -180,7 +180,8 @@ def fit(
                     "train/learning_rate": float(scheduler.get_last_lr()[0])}  # fmt: skip
 
         if (epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs:
-            kept: Recommender = model if average is None else average.module
+            kept = model if average is None else average.module
+            assert isinstance(kept, Recommender)
             kept.eval()
             valid = evaluate(kept)
             scalars |= {f"valid/{t}/{m}": v for t, ms in valid.items() for m, v in ms.items()}
@@ -225,7 +226,9 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 def _progress(epoch: int, train: TrainConfig, scalars: dict[str, float], best_epoch: int, best_value: float) -> None:
     shown = " ".join(f"{n.split('/')[1]}={v:.4f}" for n, v in scalars.items() if n.startswith("train/") and n.endswith("/loss"))
     monitored = scalars.get(f"valid/{train.monitor}")
-    valid = "" if monitored is None else f" | valid {train.monitor} {monitored:.4f} (best {abs(best_value):.4f} at {best_epoch + 1})"
+    valid = (
+        "" if monitored is None else f" | valid {train.monitor} {monitored:.4f} (best {abs(best_value):.4f} at {best_epoch + 1})"
+    )
     log.info("epoch %d/%d %.1fs | %s%s", epoch + 1, train.epochs, scalars["train/seconds"], shown, valid)
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 import ray.train
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig as RayRunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save as save_tensors
 
@@ -50,7 +51,9 @@ def _worker(settings: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             if state is not None:
                 checkpoint.save(folder, state)
-            ray.train.report(scalars | {"epoch": epoch + 1}, checkpoint=None if state is None else Checkpoint.from_directory(folder))
+            ray.train.report(
+                scalars | {"epoch": epoch + 1}, checkpoint=None if state is None else Checkpoint.from_directory(folder)
+            )
 
     fitted = run_worker(config, settings["data"], settings["text"], report, resume)
     if distributed.rank() == 0:

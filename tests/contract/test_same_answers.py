@@ -113,7 +113,9 @@ def test_http_batch_and_predictor_agree_for_every_user(
         assert_same(answer["items"], flat)
 
 
-def test_evaluation_ranks_are_the_places_in_the_batch_lists(batch: dict[str, list[dict[str, Any]]], run: tuple[Path, RunConfig]) -> None:
+def test_evaluation_ranks_are_the_places_in_the_batch_lists(
+    batch: dict[str, list[dict[str, Any]]], run: tuple[Path, RunConfig]
+) -> None:
     folder, _ = run
     predictor, data = bundle.load(str(folder / "bundle")), storage.Directory(str(folder / "data"))
     test = WindowCache.from_table(storage.read_table(data.path("windows", "test")))
@@ -221,7 +223,9 @@ def test_health_names_the_bundle_and_openapi_has_examples(client: httpx.Client, 
     assert all(schemas[n]["examples"] for n in ("RecommendRequest", "ScoreRequest", "SimilarRequest", "ProfileRequest"))
 
 
-def test_a_rerun_of_scoring_neither_doubles_nor_loses_rows(ray_cluster: Any, batch: dict[str, Any], run: tuple[Path, RunConfig]) -> None:
+def test_a_rerun_of_scoring_neither_doubles_nor_loses_rows(
+    ray_cluster: Any, batch: dict[str, Any], run: tuple[Path, RunConfig]
+) -> None:
     folder, config = run
     before = pq.read_table(folder / "scores")
     data = storage.Directory(str(folder / "data"))

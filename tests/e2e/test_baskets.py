@@ -127,12 +127,20 @@ def test_a_change_reruns_only_what_depends_on_it(run: tuple[RunConfig, Path]) ->
 
 
 def test_a_stage_before_its_input_says_which_one_is_missing(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
-    for stage, needs in (("encode", "prepare"), ("train", "prepare"), ("index", "train"), ("evaluate", "train"), ("score", "evaluate")):
+    for stage, needs in (
+        ("encode", "prepare"),
+        ("train", "prepare"),
+        ("index", "train"),
+        ("evaluate", "train"),
+        ("score", "evaluate"),
+    ):
         with pytest.raises(StageError, match=rf"jobs\.{needs}"):
             run_stages(run[0], str(tmp_path / "empty"), (stage,))
 
 
-def test_a_job_killed_while_it_writes_scores_leaves_the_old_ones(run: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_killed_while_it_writes_scores_leaves_the_old_ones(
+    run: tuple[RunConfig, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failure after shards were written and before they were all there: the published lists stay whole."""
     from mtrec_ray.scoring import batch
 

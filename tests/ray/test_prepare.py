@@ -53,7 +53,9 @@ def test_the_same_windows_with_and_without_a_cluster(ray_cluster: Any, tiny_fold
     local = tiny.prepare_locally(config, tmp_path / "local")
     distributed = prepare(config, str(tmp_path / "ray"))
     a, b = dict(local.manifest), dict(distributed.manifest)
-    assert {k: v for k, v in a["files"].items() if "quarantine" not in k} == {k: v for k, v in b["files"].items() if "quarantine" not in k}
+    assert {k: v for k, v in a["files"].items() if "quarantine" not in k} == {
+        k: v for k, v in b["files"].items() if "quarantine" not in k
+    }
     assert a["rows"] == b["rows"] and a["cuts"] == b["cuts"]
 
 

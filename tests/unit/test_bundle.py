@@ -39,7 +39,15 @@ def test_the_fingerprint_covers_everything_but_the_metrics(copy: Path) -> None:
     before = bundle.compute_fingerprint(str(prefix))
     (prefix / "metrics.json").write_text('{"changed": 1}')
     assert bundle.compute_fingerprint(str(prefix)) == before
-    for name in ("config.json", "schema.json", "catalogue.parquet", "weights.safetensors", "items.safetensors", "index.json", "text_encoder.json"):
+    for name in (
+        "config.json",
+        "schema.json",
+        "catalogue.parquet",
+        "weights.safetensors",
+        "items.safetensors",
+        "index.json",
+        "text_encoder.json",
+    ):
         content = (prefix / name).read_bytes()
         (prefix / name).write_bytes(content + b" ")
         assert bundle.compute_fingerprint(str(prefix)) != before, name

@@ -95,7 +95,15 @@ def numbered(cache: WindowCache) -> WindowCache:
 
 
 def feed_of(cache: WindowCache, **changes: Any) -> CachedFeed:
-    settings: dict[str, Any] = {"batch_windows": 8, "accumulate": 1, "seed": 3, "rank": 0, "world": 1, "masked_folds": (), "pairs": None}
+    settings: dict[str, Any] = {
+        "batch_windows": 8,
+        "accumulate": 1,
+        "seed": 3,
+        "rank": 0,
+        "world": 1,
+        "masked_folds": (),
+        "pairs": None,
+    }
     return CachedFeed(cache, SCHEMA, **(settings | changes))
 
 
@@ -185,9 +193,6 @@ def test_a_process_that_comes_second_finds_the_folder_of_the_first(tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("flat")] == ["flat"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a draft left by a killed process with this process id (usual in containers) is appended to, doubling the windows"
-)
 def test_a_draft_left_by_a_killed_process_is_not_appended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = parts()[0]
     storage.write_table(tmp_path / "windows" / "part-00000.parquet", table)
@@ -232,7 +237,10 @@ def test_every_window_comes_exactly_once_per_epoch(cache: WindowCache, world: in
 def test_the_ranks_of_any_world_share_the_same_global_batches(world: int, batch_windows: int, accumulate: int) -> None:
     marked = numbered(WindowCache.from_table(parts()[0]))
     alone = [sorted(windows_in(s)) for s in feed_of(marked, batch_windows=batch_windows).epoch(2)]
-    ranks = [list(feed_of(marked, batch_windows=batch_windows, accumulate=accumulate, rank=r, world=world).epoch(2)) for r in range(world)]
+    ranks = [
+        list(feed_of(marked, batch_windows=batch_windows, accumulate=accumulate, rank=r, world=world).epoch(2))
+        for r in range(world)
+    ]
     assert [sorted(w for rank in ranks for w in windows_in(rank[s])) for s in range(len(alone))] == alone
 
 
@@ -282,7 +290,9 @@ def test_the_step_counts_on_from_epoch_to_epoch(cache: WindowCache) -> None:
 # --------------------------------------------------------------------------- pairs
 
 
-def allowed_pairs(cache: WindowCache, window: int, within_positions: int, within_hours: float) -> dict[int, Counter[tuple[int, int]]]:
+def allowed_pairs(
+    cache: WindowCache, window: int, within_positions: int, within_hours: float
+) -> dict[int, Counter[tuple[int, int]]]:
     """Row of a target -> the pairs that may be drawn for it, by plain loops."""
     table = pa.concat_tables(parts()).slice(window, 1).to_pylist()[0]
     out: dict[int, Counter[tuple[int, int]]] = {}
@@ -336,7 +346,9 @@ def test_a_share_draws_about_that_share_of_the_targets(cache: WindowCache) -> No
     everything = np.arange(len(cache))
 
     def count(share: float) -> int:
-        return sum(len(collate(cache, everything, SCHEMA, pairs=PairSampler(1, 1e6, share, 0), epoch=e).pair_anchor_P) for e in range(40))
+        return sum(
+            len(collate(cache, everything, SCHEMA, pairs=PairSampler(1, 1e6, share, 0), epoch=e).pair_anchor_P) for e in range(40)
+        )
 
     assert count(0.0) == 0
     assert count(0.25) / count(1.0) == pytest.approx(0.25, abs=0.04)

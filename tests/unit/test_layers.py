@@ -11,8 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent / "mtrec_ray"
 ROOMS = ["models", "tasks", "balancing", "retrieval", "evaluation", "training", "encoders"]
 ADAPTERS = {"training/trainer.py", "evaluation/runner.py", "encoders/bulk.py"}
-SINGLE = ["config.py", "schema.py", "expressions.py", "storage.py", "bundle.py", "predictor.py", "serving/history.py",
-          "serving/api.py", "data/partition.py", "data/windows.py", "data/sources.py", "data/validate.py", "data/catalogue.py"]  # fmt: skip
+SINGLE = [
+    "config.py", "schema.py", "expressions.py", "storage.py", "bundle.py", "predictor.py", "serving/history.py", "serving/api.py",
+    "data/partition.py", "data/windows.py", "data/sources.py", "data/validate.py", "data/catalogue.py",
+]  # fmt: skip
 
 
 def modules() -> list[str]:

@@ -90,7 +90,6 @@ def test_a_csv_of_a_header_alone_has_no_rows(make: Make) -> None:
     assert read_all(make("a,b\n"), ["a"], "items").num_rows == 0
 
 
-@pytest.mark.xfail(strict=True, reason="sources.py:129: pyarrow refuses a header without a newline with a bare ArrowInvalid")
 def test_a_csv_of_a_header_alone_without_a_newline_has_no_rows(make: Make) -> None:
     assert read(make("a,b"), ["a"]) == ([], [])
 
@@ -131,15 +130,11 @@ def test_good_rows_keep_the_order_of_the_log_around_broken_ones(make: Make) -> N
     assert [r[1] for r in sorted(rows)] == ["1", "3", "5"]
 
 
-@pytest.mark.xfail(strict=True, reason="sources.py:145: good rows are numbered without the broken ones, so two rows share a number")
 def test_a_rows_number_is_its_position_in_the_file_behind_a_broken_row_too(make: Make) -> None:
     rows, broken = read(make("a,b\n1,2\nbroken\n3,4\n"), ["a", "b"])
     assert (rows, broken) == ([(0, "1", "2"), (2, "3", "4")], [(1, "broken")])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="sources.py:132: newlines_in_values is off, so a block may end inside a quoted text and both halves break"
-)
 def test_quoted_newlines_are_read_in_files_of_many_blocks(make: Make) -> None:
     text = "first\n" + "x" * 5000 + "\nlast"  # 8 MiB end among the x: one newline before in the quotes, one behind
     rows, broken = read(make("a,b\n" + "".join(f'{i},"{text}"\n' for i in range(1800))), ["b"])
@@ -147,17 +142,11 @@ def test_quoted_newlines_are_read_in_files_of_many_blocks(make: Make) -> None:
     assert [r[1] for r in rows] == [text] * 1800
 
 
-@pytest.mark.xfail(
-    strict=True, reason="sources.py:124: the header is split and stripped by hand and then looked up in pyarrow, which does neither"
-)
 @pytest.mark.parametrize(("header", "needed"), [("a, b", ["a", "b"]), ('a,"b,c"', ["a", "b,c"])])
 def test_a_header_with_spaces_or_quoted_delimiters_is_read(make: Make, header: str, needed: list[str]) -> None:
     assert read(make(header + "\n1,2\n"), needed)[0] == [(0, "1", "2")]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="sources.py:141: what breaks while reading is a bare ArrowInvalid or OSError that names no file"
-)
 @pytest.mark.parametrize("case", ["latin-1", "damaged page"])
 def test_a_file_that_breaks_while_it_is_read_is_named(make: Make, case: str) -> None:
     if case == "latin-1":
@@ -392,7 +381,6 @@ def test_ids_of_every_type_become_strings_and_empty_ones_are_missing(values: pa.
     assert out.type == pa.string() and out.to_pylist() == expected
 
 
-@pytest.mark.xfail(strict=True, reason="sources.py:169: NaN, infinity and 1e20 in a float column raise ArrowInvalid out of the job")
 @pytest.mark.parametrize("odd", [float("nan"), 1e20, float("inf")])
 def test_float_ids_beyond_whole_numbers_do_not_stop_the_job(odd: float) -> None:
     out = id_strings(pa.chunked_array([pa.array([7.0, odd], pa.float64())])).to_pylist()

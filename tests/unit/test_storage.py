@@ -166,9 +166,6 @@ def test_a_damaged_manifest_is_a_storage_error(tmp_path: Path) -> None:
         _ = Directory(tmp_path).manifest
 
 
-@pytest.mark.xfail(
-    strict=True, reason="storage.py:173: a manifest cut off by a crash stops every later run instead of being made anew"
-)
 def test_a_damaged_manifest_does_not_keep_a_new_run_from_publishing(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema_version": 1, "inp')
     directory = Directory(tmp_path)
@@ -178,7 +175,6 @@ def test_a_damaged_manifest_does_not_keep_a_new_run_from_publishing(tmp_path: Pa
     directory.verify()
 
 
-@pytest.mark.xfail(strict=True, reason="storage.py:77: bytes that are not UTF-8 raise UnicodeDecodeError")
 def test_json_that_is_not_text_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(b"\x80\x81\x82")
     with pytest.raises(StorageError, match="damaged"):
@@ -263,7 +259,6 @@ def test_the_fingerprint_of_nothing_is_an_error(tmp_path: Path) -> None:
         storage.file_fingerprint(tmp_path / "nothing")
 
 
-@pytest.mark.xfail(strict=True, reason="storage.py:140: names and contents are hashed without a border between them")
 def test_folders_whose_names_and_contents_only_join_alike_differ(tmp_path: Path) -> None:
     storage.write_bytes(tmp_path / "one" / "part-1", b"0,u,i")
     storage.write_bytes(tmp_path / "two" / "part-10", b",u,i")
@@ -317,9 +312,6 @@ def test_files_are_listed_sorted_with_their_suffix_and_without_hidden_ones(tmp_p
     assert storage.list_files(tmp_path / "nowhere") == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="storage.py:109: only the file's own name is looked at, so a copy in a hidden folder is read as data"
-)
 @pytest.mark.parametrize("folder", [".ipynb_checkpoints", "_temporary", "inner/.git"])
 def test_files_in_hidden_folders_are_left_out(tmp_path: Path, folder: str) -> None:
     storage.write_bytes(tmp_path / "a.csv", b"")
@@ -353,6 +345,5 @@ def test_join_puts_one_slash_between_parts() -> None:
     assert storage.join("s3://bucket/a", "b") == "s3://bucket/a/b"
 
 
-@pytest.mark.xfail(strict=True, reason="storage.py:51: parts are appended behind the query of a URI (region, endpoint_override)")
 def test_join_keeps_the_query_of_a_uri_at_its_end() -> None:
     assert storage.join("s3://bucket/a?region=eu-west-1", "b") == "s3://bucket/a/b?region=eu-west-1"

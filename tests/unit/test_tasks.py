@@ -14,7 +14,9 @@ from mtrec_ray.tasks import Binary, Forward, Profile, Regression, Retrieval, Sim
 NAN = float("nan")
 
 
-def make_batch(pos: list[int], item: list[int], positive: list[bool], labels: list[float], window: list[int] | None = None) -> Batch:
+def make_batch(
+    pos: list[int], item: list[int], positive: list[bool], labels: list[float], window: list[int] | None = None
+) -> Batch:
     n = len(pos)
     return Batch(
         history=HistoryBatch(torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 1]), torch.zeros(2, 3, dtype=torch.long)),
@@ -97,7 +99,9 @@ def test_profile_reads_each_windows_last_state_with_its_weight() -> None:
     batch = make_batch([0], [0], [True], [NAN])
     assert float(task.count(batch)) == 1.5
     ce = torch.nn.functional.cross_entropy
-    expected = 0.5 * ce(task.logits(forward.state_BLD[0, 3]), torch.tensor(1)) + ce(task.logits(forward.state_BLD[1, 1]), torch.tensor(0))
+    expected = 0.5 * ce(task.logits(forward.state_BLD[0, 3]), torch.tensor(1)) + ce(
+        task.logits(forward.state_BLD[1, 1]), torch.tensor(0)
+    )
     torch.testing.assert_close(task.loss_sum(forward, batch), expected)
 
 
@@ -116,7 +120,13 @@ def test_every_task_takes_a_batch_without_its_labels() -> None:
     batch.profile_B["taste"] = torch.tensor([-1, -1])
     batch.pair_anchor_P = batch.pair_positive_P = torch.zeros(0, dtype=torch.long)
     stats = LabelStats(count=1, mean=0.0, std=1.0)
-    tasks = [Retrieval("r", 2), Binary("b", "y", 4), Regression("g", "y", stats, 4), Similarity("s", 2, 0.1), Profile("p", "taste", ("a", "b"), 2)]
+    tasks = [
+        Retrieval("r", 2),
+        Binary("b", "y", 4),
+        Regression("g", "y", stats, 4),
+        Similarity("s", 2, 0.1),
+        Profile("p", "taste", ("a", "b"), 2),
+    ]
     for task in tasks:
         loss = task.loss_sum(make_forward(shared), batch)
         assert float(loss) == 0

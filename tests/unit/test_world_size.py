@@ -36,7 +36,9 @@ def updated(config: RunConfig, prefix: str, rank: int, world: int, only_last_rat
         kept = np.flatnonzero(cache.columns["window"] >= cache.columns["window"].max() - 1)
         rated = np.isin(np.repeat(np.arange(len(cache)), np.diff(cache.offsets["target"])), kept[-3:])
         cache.columns["label_rating"] = np.where(rated, cache.columns["label_rating"], np.nan).astype(np.float32)
-    model = build_model(config, schema, torch.nn.functional.normalize(torch.sin(torch.arange(schema.n_items * 6.0).view(-1, 6)), dim=-1))
+    model = build_model(
+        config, schema, torch.nn.functional.normalize(torch.sin(torch.arange(schema.n_items * 6.0).view(-1, 6)), dim=-1)
+    )
     model.train()
     feed = build_feed(config, schema, cache, rank, world)
     losses: Any = _Losses(model, build_balancer(config.balancing, [t.weight for t in config.tasks.values()]))
@@ -87,7 +89,9 @@ def test_one_two_and_three_workers_make_the_same_update(
     for world in (2, 3):
         for state in run_ranks(world, config, tiny_run.data.prefix, only_last_rated, tmp_path):
             for name, value in alone.items():
-                torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name, w=world: f"{w} ranks, {n}: {m}")
+                torch.testing.assert_close(
+                    state[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name, w=world: f"{w} ranks, {n}: {m}"
+                )
 
 
 def test_accumulation_makes_the_same_update_as_one_batch(tiny_run: TinyRun) -> None:
