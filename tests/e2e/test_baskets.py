@@ -19,6 +19,7 @@ from mtrec_ray.serving.history import HistoryStore
 from tests import tiny
 
 pytestmark = pytest.mark.ray
+EPOCHS = 10
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,12 @@ def run(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
     folder = tmp_path_factory.mktemp("e2e")
     tiny.write_log(folder, users=40, visits=16, seed=5)
     encoder = tiny.write_encoder(folder / "encoder")
-    config = tiny.make_config(folder, lambda raw: raw.update(encoder={"model": str(encoder), "batch_size": 8}))
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["encoder"] = {"model": str(encoder), "batch_size": 8}
+        raw["train"] |= {"epochs": EPOCHS, "patience": EPOCHS, "monitor": "click/auc"}
+
+    config = tiny.make_config(folder, change)
     run_stages(config, str(folder / "run"), STAGES)
     return config, folder / "run"
 
@@ -55,13 +61,13 @@ def test_every_row_is_accounted_for(run: tuple[RunConfig, Path]) -> None:
     assert data["read"] == data["events"] + data["quarantined"]
     assert data["train_targets"] + data["valid_targets"] + data["test_targets"] == data["events"]
     assert training["rows_read"] == training["rows_trained"] + training["rows_dropped"]
-    assert training["rows_trained"] == data["train_windows"] * 3 and training["workers"] == 2
-    assert training["events"] == data["train_targets"] * 3
+    assert training["rows_trained"] == data["train_windows"] * EPOCHS and training["workers"] == 2
+    assert training["events"] == data["train_targets"] * EPOCHS
 
 
 def test_the_model_learned_what_the_log_says(run: tuple[RunConfig, Path]) -> None:
     """Even users click even items with 0.8, others with 0.15: the click head must find most of that."""
-    assert read_metrics(run[1])["model"]["click"]["auc"] > 0.6
+    assert read_metrics(run[1])["model"]["click"]["auc"] > 0.7
 
 
 def test_no_test_event_was_trained_or_shown(run: tuple[RunConfig, Path]) -> None:

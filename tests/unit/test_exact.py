@@ -1,0 +1,109 @@
+"""Exact top-k against a sort by (score, position)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mtrec_ray.retrieval.exact import NONE, ExactIndex, mask_items, top_k
+
+INF = float("inf")
+
+
+def reference(score: np.ndarray, k: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Best k by descending score, ties by position; excluded items are none."""
+    items, scores = [], []
+    for row in score:
+        order = np.lexsort((np.arange(len(row)), -row))[:k]
+        items.append([int(i) if row[i] > -INF else NONE for i in order])
+        scores.append([float(row[i]) for i in order])
+    return items, scores
+
+
+crowded = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 5), st.integers(1, 30)), elements=st.sampled_from([-INF, -1.0, 0.0, 1.0, 2.0])
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(score=crowded, k=st.integers(1, 40))
+def test_ties_go_by_position_as_in_a_full_sort(score: np.ndarray, k: int) -> None:
+    item, found = top_k(torch.from_numpy(score.copy()), k)
+    assert (item.tolist(), found.tolist()) == reference(score, k)
+    assert item.dtype == torch.int64
+
+
+@pytest.mark.parametrize("k", [1, 10, 999, 1000])
+def test_a_large_catalogue_of_few_distinct_scores_is_sorted_like_a_small_one(k: int) -> None:
+    score = np.random.default_rng(k).integers(0, 5, (8, 1000)).astype(np.float32)
+    item, found = top_k(torch.from_numpy(score), k)
+    assert (item.tolist(), found.tolist()) == reference(score, k)
+
+
+def test_distinct_scores_by_hand() -> None:
+    item, score = top_k(torch.tensor([[0.1, 0.9, 0.5], [3.0, -2.0, -1.0]]), 2)
+    assert item.tolist() == [[1, 2], [0, 2]]
+    assert score.tolist() == torch.tensor([[0.9, 0.5], [3.0, -1.0]]).tolist()
+
+
+def test_a_k_beyond_the_catalogue_is_the_whole_catalogue() -> None:
+    item, score = top_k(torch.tensor([[1.0, 3.0, 2.0]]), 10)
+    assert item.tolist() == [[1, 2, 0]] and score.tolist() == [[3.0, 2.0, 1.0]]
+
+
+def test_where_fewer_items_are_left_than_asked_for_stands_none() -> None:
+    item, score = top_k(torch.tensor([[1.0, -INF, 2.0, -INF]]), 3)
+    assert item.tolist() == [[2, 0, NONE]] and score.tolist() == [[2.0, 1.0, -INF]]
+
+
+def test_with_all_items_excluded_there_is_none() -> None:
+    item, score = top_k(torch.full((2, 4), -INF), 3)
+    assert item.tolist() == [[NONE] * 3] * 2 and score.tolist() == [[-INF] * 3] * 2
+
+
+def test_no_query_has_no_answer() -> None:
+    item, score = top_k(torch.zeros(0, 4), 3)
+    assert item.shape == score.shape == (0, 3)
+
+
+def test_the_scores_are_left_as_they_were() -> None:
+    score = torch.tensor([[1.0, 1.0, 1.0, 2.0]])
+    before = score.clone()
+    top_k(score, 2)
+    assert torch.equal(score, before)
+
+
+def test_excluded_items_are_masked_in_their_own_row() -> None:
+    score = mask_items(torch.zeros(3, 4), [np.array([0, 3, 3]), np.array([], dtype=np.int64), np.array([1], dtype=np.int32)])
+    assert torch.isneginf(score).tolist() == [[True, False, False, True], [False] * 4, [False, True, False, False]]
+
+
+@pytest.mark.parametrize("exclude", [[], [np.array([])], [np.array([], dtype=np.int64)] * 2])
+def test_nothing_to_exclude_changes_nothing(exclude: list[np.ndarray]) -> None:
+    assert torch.equal(mask_items(torch.ones(2, 3), exclude), torch.ones(2, 3))
+
+
+def test_the_index_searches_by_inner_product() -> None:
+    index = ExactIndex(torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]))
+    assert len(index) == 3
+    query = torch.tensor([[1.0, 0.0], [1.0, 3.0]])
+    assert index.scores(query).tolist() == [[1.0, 0.0, 1.0], [1.0, 6.0, 4.0]]
+    item, score = index.search(query, 2, [np.array([0]), np.array([], dtype=np.int64)])
+    assert item.tolist() == [[2, 1], [1, 2]] and score.tolist() == [[1.0, 0.0], [6.0, 4.0]]
+
+
+def test_the_index_fills_up_with_none_when_a_user_has_seen_almost_everything() -> None:
+    index = ExactIndex(torch.eye(3))
+    item, score = index.search(torch.tensor([[3.0, 2.0, 1.0]]), 3, [np.array([0, 2])])
+    assert item.tolist() == [[1, NONE, NONE]] and score.tolist() == [[2.0, -INF, -INF]]
+
+
+def test_a_search_leaves_nothing_excluded_for_the_next_one() -> None:
+    index = ExactIndex(torch.eye(3))
+    query = torch.tensor([[3.0, 2.0, 1.0]])
+    index.search(query, 3, [np.array([0, 1, 2])])
+    assert index.search(query, 3, [np.array([], dtype=np.int64)])[0].tolist() == [[0, 1, 2]]
