@@ -287,7 +287,7 @@ class BinaryTask(_Task):
 class SimilarityTask(_Task):
     kind: Literal["similarity"]
     within_positions: Int = Field(default=3, ge=1)
-    """A pair is two training positives of one user at most this many history events apart ..."""
+    """A pair is a training positive and one of the last this many history events that it sees ..."""
     within_hours: float = Field(default=24.0, gt=0)
     """... and at most this many hours."""
     share: float = Field(default=0.25, gt=0, le=1)

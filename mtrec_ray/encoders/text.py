@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mtrec_ray.config import EncoderConfig
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+
 
 class EncoderError(ValueError):
     """A text encoder that cannot be loaded, with the cure."""
@@ -24,7 +26,10 @@ def resolve_model(name: str) -> str:
     if not name.startswith("package:"):
         return name
     package, _, folder = name.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        spec = None
     if spec is None or spec.origin is None:
         raise EncoderError(f"encoder.model {name!r}: the package {package} is not installed; pip install it (or name a directory)")
     path = Path(spec.origin).parent / folder
@@ -47,16 +52,26 @@ class TextEncoder:
         path = resolve_model(config.model)
         if os.sep in path and Path(path).exists() and not (Path(path) / "config.json").exists():
             raise EncoderError(f"encoder.model {config.model!r}: no config.json in {path}; it is not a Hugging Face model")
+        if Path(path).is_dir() and not any((Path(path) / name).exists() for name in _TOKENIZER_FILES):
+            raise EncoderError(f"encoder.model {config.model!r}: {path} has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModel.from_pretrained(path, dtype=torch.float32).eval().to(device)
-        except (OSError, ValueError) as error:
+            self.model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        except Exception as error:  # transformers, tokenizers and safetensors each have their own
             raise EncoderError(
-                f"encoder.model {config.model!r} cannot be loaded: {str(error).splitlines()[0]} "
+                f"encoder.model {config.model!r} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]} "
                 "(a local directory needs config, tokenizer and weights; a hub name needs a network)"
             ) from None
+        missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)  # the pooler is not used
+        if missing:
+            raise EncoderError(f"encoder.model {config.model!r}: the weights of {path} lack {missing[:3]} ({len(missing)} in all)")
         if self.tokenizer.pad_token is None:
+            if self.tokenizer.eos_token is None:
+                raise EncoderError(f"encoder.model {config.model!r}: the tokenizer of {path} has neither a pad nor an eos token")
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model = self.model.eval().to(device)
+        positions = getattr(self.model.config, "max_position_embeddings", None) or config.max_tokens
+        self.max_tokens = min(config.max_tokens, positions, self.tokenizer.model_max_length)
         self.tokenizer.padding_side = "right"
 
     @property
@@ -76,10 +91,14 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _encode_batch(self, texts: list[str]) -> Tensor:
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.max_tokens, return_tensors="pt")
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        if not tokens["input_ids"].shape[1]:
+            return torch.zeros(len(texts), self.width)  # only texts without a token: the zero vector, as in any batch
         tokens = tokens.to(self.model.device)
         hidden_BSE = self.model(**tokens).last_hidden_state
-        return torch.nn.functional.normalize(pool(hidden_BSE, tokens["attention_mask"], self.config.pooling), dim=-1)
+        mask_BS = tokens["attention_mask"]
+        vector_BE = torch.nn.functional.normalize(pool(hidden_BSE, mask_BS, self.config.pooling), dim=-1)
+        return torch.where(mask_BS.any(1, keepdim=True), vector_BE, 0.0)
 
 
 def pool(hidden_BSE: Tensor, mask_BS: Tensor, how: str) -> Tensor:

@@ -109,8 +109,9 @@ def evaluate_ranker(ranker: Ranker, predictor: Predictor, cache: WindowCache, ba
         score_BN = mask_items(score_BN, encoded.seen)
         positive = cache.columns["target_positive"][target].astype(bool)
         item = cache.columns["target_item"][target].astype(np.int64)
-        rank = m.pessimistic_rank(score_BN, torch.from_numpy(row[positive]), torch.from_numpy(item[positive]))
-        pieces.append(m.ranking_metrics(row[positive], rank, len(index)))
+        relevant_row, relevant_item = m.relevant_items(row, item, positive)
+        rank = m.pessimistic_rank(score_BN, torch.from_numpy(relevant_row), torch.from_numpy(relevant_item))
+        pieces.append(m.ranking_metrics(relevant_row, rank, len(index)))
     return {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
 
 

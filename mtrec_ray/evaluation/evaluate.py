@@ -96,9 +96,10 @@ def _evaluate_batch(predictor: Predictor, cache: WindowCache, index: IntArray) -
 
     score_BN, _ = predictor.retrieval_scores(state_BD, length_B)
     score_BN = mask_items(score_BN, encoded.seen)
-    p_row, p_item = torch.from_numpy(row[positive]), torch.from_numpy(item[positive])
+    relevant_row, relevant_item = m.relevant_items(row, item, positive)
+    p_row, p_item = torch.from_numpy(relevant_row), torch.from_numpy(relevant_item)
     rank = m.pessimistic_rank(score_BN, p_row, p_item)
-    retrieval = m.ranking_metrics(row[positive], rank, B)
+    retrieval = m.ranking_metrics(relevant_row, rank, B)
     context = {
         c.name: torch.from_numpy(columns[f"target_context_{c.name}"][target].astype(np.int64)) for c in predictor.schema.context
     }
@@ -124,7 +125,7 @@ def _evaluate_batch(predictor: Predictor, cache: WindowCache, index: IntArray) -
     return Records(
         user=np.array(cache.user_ids.take(pa.array(index)).to_pylist(), dtype=object),
         retrieval=retrieval,
-        final=m.ranking_metrics(row[positive], final_rank, B),
+        final=m.ranking_metrics(relevant_row, final_rank, B),
         similarity=similarity,
         points=points,
         point_moment=row,

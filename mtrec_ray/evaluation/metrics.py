@@ -19,17 +19,28 @@ FloatArray = NDArray[np.float64]
 def pessimistic_rank(score_BN: torch.Tensor, row: torch.Tensor, item: torch.Tensor) -> NDArray[np.int64]:
     """Rank (1 is best) of item[i] in row[i] of the scores; ties rank against the target.
 
-    A target that is itself excluded (-inf) has rank N + 1: it can never be hit.
+    A target that is itself excluded (-inf) ranks behind every cut: it can never be hit.
     Raises ValueError when a score is NaN: a broken model must not look valid.
     """
     own = score_BN[row, item]
     if torch.isnan(score_BN).any():
         raise ValueError("scores contain NaN: the model is broken, no metric is computed")
     rank = (score_BN[row] >= own[:, None]).sum(1)
-    return torch.where(torch.isneginf(own), score_BN.shape[1] + 1, rank).numpy()
+    return torch.where(torch.isneginf(own), EXCLUDED_RANK, rank).numpy()
 
+
+EXCLUDED_RANK = 2**40
+"""Rank of a target that may not be recommended."""
 
 RANKING_CUTS = {"hr@10": 10, "recall@10": 10, "recall@20": 20, "ndcg@10": 10}
+
+
+def relevant_items(
+    row: NDArray[np.int64], item: NDArray[np.int64], positive: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(moment, item) of the positive targets; an item that occurs twice in a moment is one relevant item."""
+    pairs = np.unique(np.stack([row[positive], item[positive]]), axis=1)
+    return pairs[0], pairs[1]
 
 
 def ranking_metrics(moment: NDArray[np.int64], rank: NDArray[np.int64], n_moments: int) -> dict[str, FloatArray]:

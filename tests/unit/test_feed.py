@@ -52,7 +52,7 @@ def events_of(users: list[str], seed: int) -> windows.Events:
         row=seed * 1000 + np.arange(n, dtype=np.int64),
         item_ids=pa.array([str(i) for i in range(n)]),
         is_history=np.nan_to_num(click) > 0,
-        is_positive=(np.nan_to_num(click) > 0) & (rng.random(n) < 0.8),
+        is_positive=np.nan_to_num(click) > 0,
         labels={"click": click, "rating": np.where(rng.random(n) < 0.5, np.nan, rng.integers(1, 6, n)).astype(np.float32)},
         context={"device": pa.array(["web"] * n)},
     )
@@ -339,6 +339,12 @@ def test_no_item_is_paired_with_itself(cache: WindowCache) -> None:
     ones = WindowCache(same_items, cache.offsets, cache.user_ids)
     for window in range(len(ones)):
         assert drawn(ones, window, PairSampler(1, 1e6, 1.0, 0)) == []
+
+
+def test_a_target_that_is_history_but_no_positive_is_in_no_pair() -> None:
+    table = hand_table(target_positive=[[1, 0, 0], [1]])
+    batch = collate(WindowCache.from_table(table), np.array([0, 1]), SCHEMA, pairs=PairSampler(1, 1e6, 1.0, 0))
+    assert len(batch.pair_anchor_P) == 0
 
 
 def test_a_share_draws_about_that_share_of_the_targets(cache: WindowCache) -> None:
