@@ -54,6 +54,7 @@ def encode(config: RunConfig, data: storage.Directory, root: str) -> storage.Dir
     if directory.is_published(inputs):
         log.info("encode: reused %s", directory.root)
         return directory
+    TextEncoder(config.encoder)  # what is wrong with the model is said here, before any worker starts
     prefix = directory.begin(inputs)
     started = time.perf_counter()
     vectors: np.ndarray | None = None

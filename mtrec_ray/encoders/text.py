@@ -14,7 +14,15 @@ from torch import Tensor
 
 from mtrec_ray.config import EncoderConfig
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spm.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 class EncoderError(ValueError):
@@ -71,6 +79,11 @@ class TextEncoder:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = self.model.eval().to(device)
         positions = getattr(self.model.config, "max_position_embeddings", None) or config.max_tokens
+        embeddings = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        if (
+            isinstance(embeddings, torch.nn.Embedding) and embeddings.padding_idx is not None
+        ):  # RoBERTa counts positions from behind the padding's
+            positions -= embeddings.padding_idx + 1
         self.max_tokens = min(config.max_tokens, positions, self.tokenizer.model_max_length)
         self.tokenizer.padding_side = "right"
 

@@ -158,6 +158,30 @@ def test_a_text_without_a_token_alone_equals_the_same_in_a_batch(originals: Path
     np.testing.assert_allclose(reader.encode(["", "a b c"])[:1], alone, atol=1e-5)
 
 
+def test_weights_without_the_unused_pooler_are_whole(models: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    before = encoder(models / "bert").encode(TEXTS)
+    weights = load_file(models / "bert" / "model.safetensors")
+    kept = {n: w for n, w in weights.items() if not n.startswith("pooler.")}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, models / "bert" / "model.safetensors", metadata={"format": "pt"})
+    np.testing.assert_array_equal(encoder(models / "bert").encode(TEXTS), before)
+
+
+def test_a_roberta_counts_its_positions_from_behind_the_padding(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    config = RobertaConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=18, pad_token_id=1, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    write_tokenizer(tmp_path / "roberta", True, pad_token="[UNK]", eos_token="[SEP]")
+    vectors = encoder(tmp_path / "roberta", max_tokens=128).encode(["a b " * 20])  # 18 positions hold 16 tokens
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_vectors_are_those_of_sentence_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -236,6 +260,14 @@ def test_a_directory_that_is_no_whole_model_says_so(models: Path, family: str, d
     with pytest.raises(EncoderError, match=cure) as caught:
         encoder(models / family)
     assert str(models / family) in str(caught.value)
+
+
+def test_the_tokenizer_of_a_deberta_is_a_tokenizer(models: Path) -> None:
+    without_tokenizer(models / "bert")
+    (models / "bert" / "config.json").write_text('{"model_type": "deberta-v2"}')
+    (models / "bert" / "spm.model").write_bytes(b"not what SentencePiece writes, but a file of its name")
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        encoder(models / "bert")
 
 
 def test_a_directory_that_is_not_there_says_so(tmp_path: Path) -> None:
