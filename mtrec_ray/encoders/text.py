@@ -83,7 +83,7 @@ class TextEncoder:
         if (
             isinstance(embeddings, torch.nn.Embedding) and embeddings.padding_idx is not None
         ):  # RoBERTa counts positions from behind the padding's
-            positions -= embeddings.padding_idx + 1
+            positions -= embeddings.padding_idx + 1  # RoBERTa counts from behind the padding
         self.max_tokens = min(config.max_tokens, positions, self.tokenizer.model_max_length)
         self.tokenizer.padding_side = "right"
 
