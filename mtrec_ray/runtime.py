@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
+from typing import Any
 
 import ray
+import ray.data
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
@@ -39,6 +43,25 @@ def connect(num_cpus: int | None = None) -> None:
         log_to_driver=True,
         logging_level=logging.WARNING,
     )
+
+
+def collect(dataset: Any, what: str, total: int, every: float = 5.0) -> list[dict[str, Any]]:
+    """All rows of a small Ray Data result as they come, with a progress line at most every so many seconds.
+
+    On a terminal Ray Data's own bars show the operators too.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    context.print_on_execution_start = False
+    rows: list[dict[str, Any]] = []
+    started = told = time.perf_counter()
+    for row in dataset.iter_rows():
+        rows.append(row)
+        now = time.perf_counter()
+        if now - told >= every or len(rows) == total:
+            told = now
+            log.info("%s: %d of %d, %.0f s", what, len(rows), total, now - started)
+    return rows
 
 
 def preflight(config: RunConfig, out: str) -> None:

@@ -121,20 +121,16 @@ class _LocalDataset:
     def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> _LocalDataset:
         return _LocalDataset([function(row) for row in self.rows])
 
-    def take_all(self) -> list[Any]:
-        return self.rows
+    def iter_rows(self) -> Iterator[Any]:
+        return iter(self.rows)
 
 
 def prepare_locally(config: RunConfig, root: str | Path) -> storage.Directory:
     """`prepare` without a Ray cluster: the same code, its Ray calls answered in this process."""
-    context = SimpleNamespace(enable_progress_bars=True, print_on_execution_start=True)
     fake = SimpleNamespace(
         put=lambda value: value,
         get=lambda value: value,
-        data=SimpleNamespace(
-            from_items=lambda rows, **_: _LocalDataset(rows),
-            DataContext=SimpleNamespace(get_current=lambda: context),
-        ),
+        data=SimpleNamespace(from_items=lambda rows, **_: _LocalDataset(rows)),
     )
     with mock.patch.object(prepare_module, "ray", fake):
         return prepare_module.prepare(config, str(root))

@@ -14,6 +14,7 @@ Nothing is visible before the manifest is written.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from mtrec_ray import storage
+from mtrec_ray import runtime, storage
 from mtrec_ray.config import DataConfig, RunConfig
 from mtrec_ray.data import sources, windows
 from mtrec_ray.data.catalogue import build_catalogue, read_items, read_users
@@ -75,7 +76,6 @@ def prepare(config: RunConfig, root: str) -> storage.Directory:
     prefix = directory.begin(inputs)
     job = _Job(config, prefix, items, users)
 
-    _progress_off()
     rows = _pass_events(job, units)
     cuts = _time_cuts(job, rows["events"]) if data.protocol == "time" else (0, 0)
     fitted = _pass_fit(job, cuts)
@@ -113,12 +113,6 @@ class _Job:
         return storage.join(self.prefix, kind, f"part-{number:05d}.parquet")
 
 
-def _progress_off() -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-
-
 # --------------------------------------------------------------------------- pass 1
 
 
@@ -138,7 +132,9 @@ def _pass_events(job: _Job, units: list[sources.Unit]) -> dict[str, Any]:
 
     dataset = ray.data.from_items([{"unit": u.number} for u in units], override_num_blocks=len(units))
     events = dataset.map_batches(read, batch_size=1).groupby("__part__", num_partitions=job.partitions)
-    settled = events.map_groups(settle, batch_format="pyarrow").take_all()
+    log.info("prepare: reading %.1f MiB in %d pieces into %d partitions", size / 2**20, len(units), job.partitions)
+    grouped = events.map_groups(settle, batch_format="pyarrow")
+    settled = runtime.collect(grouped, "prepare: events, partitions", job.partitions)
     good, found = sum(int(r["events"]) for r in settled), sum(int(r["found"]) for r in settled)
     if storage.exists(storage.join(job.prefix, "quarantine")):
         quarantine = storage.read_table(storage.join(job.prefix, "quarantine"))
@@ -198,22 +194,20 @@ def _settle_partition(job: _Job, group: pa.Table) -> pa.Table:
 # --------------------------------------------------------------------------- pass 2
 
 
-def _over_partitions(job: _Job, function: Any) -> list[dict[str, Any]]:
-    """Run function(job, partition number, events table) -> dict on every partition, in parallel."""
+def _over_partitions(job: _Job, what: str, function: Any) -> list[dict[str, Any]]:
+    """Run function(job, partition number, events table) -> dict on every partition, in parallel.
+
+    what: the pass, for progress lines."""
     ref = ray.put(job)
     numbers = [int(p.rsplit("-", 1)[1].split(".")[0]) for p in storage.list_files(storage.join(job.prefix, "events"))]
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
         me: _Job = ray.get(ref)
         number = int(row["part"])
-        import pickle
-
         return {"out": pickle.dumps(function(me, number, storage.read_table(me.part("events", number))))}
 
     dataset = ray.data.from_items([{"part": n} for n in numbers], override_num_blocks=max(1, len(numbers)))
-    import pickle
-
-    return [pickle.loads(r["out"]) for r in dataset.map(run).take_all()]
+    return [pickle.loads(r["out"]) for r in runtime.collect(dataset.map(run), f"prepare: {what}, partitions", len(numbers))]
 
 
 def _time_cuts(job: _Job, n_events: int) -> tuple[int, int]:
@@ -223,7 +217,7 @@ def _time_cuts(job: _Job, n_events: int) -> tuple[int, int]:
         seconds, counts = np.unique(table[TIME].to_numpy() // 1000, return_counts=True)
         return {"seconds": seconds, "counts": counts}
 
-    parts = _over_partitions(job, count)
+    parts = _over_partitions(job, "times", count)
     seconds, inverse = np.unique(np.concatenate([p["seconds"] for p in parts]), return_inverse=True)
     totals = np.bincount(inverse, weights=np.concatenate([p["counts"] for p in parts]))
     passed = np.concatenate([[0], np.cumsum(totals)])[:-1] / n_events
@@ -286,7 +280,7 @@ def _pass_fit(job: _Job, cuts: tuple[int, int]) -> dict[str, Any]:
             "unattributed": unattributed,
         }
 
-    parts = _over_partitions(job, fit)
+    parts = _over_partitions(job, "counts", fit)
     trained: Counter[str] = Counter()
     history: Counter[str] = Counter()
     for part in parts:
@@ -400,7 +394,7 @@ def _pass_windows(job: _Job, cuts: tuple[int, int], catalogue: pa.Table, schema:
         storage.write_table(me.part("store", number), windows.store_table(layout, events, actions))
         return counts
 
-    parts = _over_partitions(job, build)
+    parts = _over_partitions(job, "windows", build)
     return {key: sum(p[key] for p in parts) for key in parts[0]}
 
 

@@ -204,6 +204,13 @@ def _moments(
     )  # fmt: skip
 
 
+def list_array(offsets: IntArray, values: pa.Array) -> pa.Array:
+    """Ragged values -> an Arrow list column. Raises ValueError beyond the 2^31 entries that its offsets can count."""
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"a partition has {offsets[-1]} entries in one list column, more than 2^31 - 1; raise data.partitions")
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
+
+
 def windows_table(
     layout: Layout,
     events: Events,
@@ -220,7 +227,7 @@ def windows_table(
     """
 
     def ragged(offsets: IntArray, values: NDArray[np.generic]) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+        return list_array(offsets, pa.array(values))
 
     h, t = layout.history_event, layout.target_event
     columns: dict[str, pa.Array] = {
@@ -231,6 +238,7 @@ def windows_table(
         "history_item": ragged(layout.history_offsets, item[h]),
         "history_time": ragged(layout.history_offsets, events.time[h]),
         "history_row": ragged(layout.history_offsets, events.row[h]),
+        "history_positive": ragged(layout.history_offsets, events.is_positive[h].astype(np.int8)),
         "target_item": ragged(layout.target_offsets, item[t]),
         "target_time": ragged(layout.target_offsets, events.time[t]),
         "target_row": ragged(layout.target_offsets, events.row[t]),
@@ -250,9 +258,7 @@ def windows_table(
 def store_table(layout: Layout, events: Events, actions: list[str]) -> pa.Table:
     """The Parquet form of the history store: the log's own ids; `seen_*` are the events before the history."""
 
-    def ragged(offsets: IntArray, values: pa.Array) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
-
+    ragged = list_array
     h, s = pa.array(layout.history_event), pa.array(layout.seen_event)
     columns: dict[str, pa.Array] = {
         "user_id": events.user_ids.take(pa.array(layout.user)),

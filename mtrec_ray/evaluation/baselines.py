@@ -85,7 +85,7 @@ def interactions_of(cache: WindowCache, n_items: int) -> sp.csr_matrix:
     codes = cache.user_ids.dictionary_encode().indices.to_numpy()
     user = np.repeat(codes, length)[positive]
     item = cache.columns["target_item"][target][positive]
-    matrix = sp.csr_matrix((np.ones(len(user), np.float32), (user, item)), shape=(int(codes.max()) + 1, n_items))
+    matrix = sp.csr_matrix((np.ones(len(user), np.float32), (user, item)), shape=(int(codes.max(initial=-1)) + 1, n_items))
     matrix.data[:] = 1
     return matrix
 

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 import torch
 
-from mtrec_ray import bundle, storage
+from mtrec_ray import bundle, runtime, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.evaluation import baselines as b
 from mtrec_ray.evaluation import metrics as m
@@ -44,7 +44,7 @@ def measure(config: RunConfig, data: storage.Directory, bundle_prefix: str, spli
         fn_constructor_args=(bundle_prefix, config.evaluation.batch_windows),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(parts), 2)),
     )
-    return Records.merge([pickle.loads(r["records"]) for r in dataset.take_all()])
+    return Records.merge([pickle.loads(r["records"]) for r in runtime.collect(dataset, f"evaluate: {split}, parts", len(parts))])
 
 
 def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str) -> dict[str, Any]:

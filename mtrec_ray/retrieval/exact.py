@@ -23,7 +23,10 @@ def mask_items(score_BN: Tensor, exclude: Sequence[NDArray[np.integer]]) -> Tens
 
 
 def top_k(score_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of each row, ties by position -> (item_BK int64, score_BK). -inf is no candidate: NONE, -inf."""
+    """The k best of each row, ties by position -> (item_BK int64, score_BK), min(k, N) wide.
+
+    -inf is no candidate: NONE, -inf.
+    """
     k = min(k, score_BN.shape[1])
     score_BK, item_BK = torch.topk(score_BN, k, dim=1)
     item_BK, _ = torch.sort(item_BK, dim=1)
@@ -54,5 +57,6 @@ class ExactIndex:
         return query_BD @ self.item_vec_ND.T
 
     def search(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
-        """Best k items of each row that are not excluded -> (item_BK, score_BK), filled up with NONE."""
+        """Best k items of each row that are not excluded -> (item_BK, score_BK), min(k, N) wide, NONE
+        where a row has fewer."""
         return top_k(mask_items(self.scores(query_BD), exclude), k)

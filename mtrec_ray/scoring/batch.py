@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from mtrec_ray import bundle, storage
+from mtrec_ray import bundle, runtime, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.retrieval.exact import NONE
@@ -82,7 +82,7 @@ def score(config: RunConfig, data: storage.Directory, bundle_root: str, root: st
         fn_constructor_args=(bundle_root, draft, config.scoring.k, config.scoring.batch_users),
         compute=ray.data.ActorPoolStrategy(size=config.scoring.workers),
     )
-    done = dataset.take_all()
+    done = runtime.collect(dataset, "score: parts", len(parts))
     counts = {key: sum(int(d[key]) for d in done) for key in ("users", "rows", "fallbacks")}
     storage.delete(manifest_uri)
     filesystem, path = storage.resolve(root)

@@ -1,8 +1,8 @@
 """The inference graph: ingress → StateEncoder → Retrieval → Heads, four deployments, one stage each.
 
-The ingress reads the history, calls the stages with integers, and hosts `finalise`. Every message carries the
-bundle's fingerprint; a stage that has another one refuses. Torch runs in an executor of one thread, never on a
-replica's event loop.
+The ingress reads the history, calls the stages with integers, and hosts `finalise`. Every message carries a stamp:
+the bundle's fingerprint and the history's version. A stage that has another bundle, or is handed a state of another
+stamp, refuses. Torch runs in an executor of one thread, never on a replica's event loop.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from mtrec_ray import bundle, storage
-from mtrec_ray.predictor import Candidates, History, UnknownItemError
+from mtrec_ray.predictor import Candidates, History, IntArray, UnknownItemError
 from mtrec_ray.serving import api
 from mtrec_ray.serving.history import HistoryStore
 
@@ -27,7 +28,28 @@ T = TypeVar("T")
 
 
 class MixedBundlesError(RuntimeError):
-    """Two stages of one answer have different bundles."""
+    """Two stages of one answer have different bundles, or a state comes from another request's history."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What an answer is made from; every message between stages carries it."""
+
+    bundle: str
+    """Fingerprint of the bundle."""
+    history: str = ""
+    """Version of the history; empty where an answer reads none."""
+
+
+@dataclass(frozen=True)
+class EncodedState:
+    """One history as StateEncoder answers it, with what the later stages need of it."""
+
+    stamp: Stamp
+    state_BD: torch.Tensor
+    length_B: torch.Tensor
+    seen: list[IntArray]
+    degraded: list[str]
 
 
 class _Stage:
@@ -41,9 +63,12 @@ class _Stage:
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
-    def _check(self, fingerprint: str) -> None:
-        if fingerprint != self.predictor.fingerprint:
-            raise MixedBundlesError(f"{type(self).__name__} has bundle {self.predictor.fingerprint}, asked for {fingerprint}")
+    def _check(self, stamp: Stamp, state: EncodedState | None = None) -> None:
+        """Raises MixedBundlesError."""
+        if stamp.bundle != self.predictor.fingerprint:
+            raise MixedBundlesError(f"{type(self).__name__} has bundle {self.predictor.fingerprint}, asked for {stamp.bundle}")
+        if state is not None and state.stamp != stamp:
+            raise MixedBundlesError(f"{type(self).__name__} was handed a state of {state.stamp} for an answer from {stamp}")
 
     async def fingerprint(self) -> str:
         return self.predictor.fingerprint
@@ -58,36 +83,32 @@ class _Stage:
 class StateEncoder(_Stage):
     """histories → user states."""
 
-    async def encode(self, fingerprint: str, history: History) -> dict[str, Any]:
-        """-> state (D floats), length, seen positions and degradations of one history."""
-        self._check(fingerprint)
-        return await self._run(self._encode, history)
+    async def encode(self, stamp: Stamp, history: History) -> EncodedState:
+        """State, seen positions and degradations of one history."""
+        self._check(stamp)
+        return await self._run(self._encode, stamp, history)
 
-    def _encode(self, history: History) -> dict[str, Any]:
+    def _encode(self, stamp: Stamp, history: History) -> EncodedState:
         encoded = self.predictor.encode_histories([history])
-        return {
-            "state": self.predictor.encode_state(encoded.batch),
-            "length": encoded.batch.length_B,
-            "seen": encoded.seen,
-            "degraded": encoded.degraded[0],
-        }
+        state_BD = self.predictor.encode_state(encoded.batch)
+        return EncodedState(stamp, state_BD, encoded.batch.length_B, encoded.seen, encoded.degraded[0])
 
 
 @serve.deployment(name="Retrieval")
 class Retrieval(_Stage):
     """states → candidates."""
 
-    async def retrieve(self, fingerprint: str, state: dict[str, Any], k: int) -> Candidates:
-        self._check(fingerprint)
-        return await self._run(self.predictor.retrieve, state["state"], state["length"], state["seen"], k)
+    async def retrieve(self, stamp: Stamp, state: EncodedState, k: int) -> Candidates:
+        self._check(stamp, state)
+        return await self._run(self.predictor.retrieve, state.state_BD, state.length_B, state.seen, k)
 
-    async def logits(self, fingerprint: str, state: dict[str, Any], items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    async def logits(self, stamp: Stamp, state: EncodedState, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Retrieval scores of given items."""
-        self._check(fingerprint)
-        return await self._run(self.predictor.logits_of, state["state"], state["length"], items)
+        self._check(stamp, state)
+        return await self._run(self.predictor.logits_of, state.state_BD, state.length_B, items)
 
-    async def similar(self, fingerprint: str, item_id: str, k: int) -> list[dict[str, Any]]:
-        self._check(fingerprint)
+    async def similar(self, stamp: Stamp, item_id: str, k: int) -> list[dict[str, Any]]:
+        self._check(stamp)
         return await self._run(self.predictor.similar, item_id, k)
 
 
@@ -96,17 +117,17 @@ class Heads(_Stage):
     """states and candidates → one number per task; states → profiles."""
 
     async def score(
-        self, fingerprint: str, state: torch.Tensor, items: torch.Tensor, context: Mapping[str, str | None]
+        self, stamp: Stamp, state: EncodedState, items: torch.Tensor, context: Mapping[str, str | None]
     ) -> dict[str, torch.Tensor]:
-        self._check(fingerprint)
-        return await self._run(self._score, state, items, context)
+        self._check(stamp, state)
+        return await self._run(self._score, state.state_BD, items, context)
 
-    def _score(self, state: torch.Tensor, items: torch.Tensor, context: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
-        return self.predictor.score(state, items, self.predictor.encode_context([context]))
+    def _score(self, state_BD: torch.Tensor, items: torch.Tensor, context: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
+        return self.predictor.score(state_BD, items, self.predictor.encode_context([context]))
 
-    async def profile(self, fingerprint: str, state: torch.Tensor) -> dict[str, dict[str, float]]:
-        self._check(fingerprint)
-        return (await self._run(self.predictor.profile_of, state))[0]
+    async def profile(self, stamp: Stamp, state: EncodedState) -> dict[str, dict[str, float]]:
+        self._check(stamp, state)
+        return (await self._run(self.predictor.profile_of, state.state_BD))[0]
 
 
 http = FastAPI(
@@ -124,6 +145,12 @@ async def _unknown_item(request: Request, error: UnknownItemError) -> JSONRespon
 @http.exception_handler(api.BadRequestError)
 async def _bad_request(request: Request, error: api.BadRequestError) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=422)
+
+
+@http.exception_handler(MixedBundlesError)
+async def _mixed_bundles(request: Request, error: MixedBundlesError) -> JSONResponse:
+    detail = "a rollout is under way: stages have different bundles; try again"
+    return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
 
 
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "An item id that the catalogue lacks"}}
@@ -144,43 +171,42 @@ class Ingress(_Stage):
     @http.post("/recommend", response_model=api.RecommendAnswer)
     async def recommend(self, request: api.RecommendRequest) -> dict[str, Any]:
         """The best k items for a stored user or an inline history."""
-        me, predictor = self.predictor.fingerprint, self.predictor
+        predictor = self.predictor
         self._check_context(request.context)
         k = min(request.k, len(predictor.item_ids))
         state = await self._state(request)
-        candidates = await self.retrieval.retrieve.remote(me, state, k)
-        predictions = await self.heads.score.remote(me, state["state"], candidates.item_BK, request.context)
+        candidates = await self.retrieval.retrieve.remote(state.stamp, state, k)
+        predictions = await self.heads.score.remote(state.stamp, state, candidates.item_BK, request.context)
         ranked = await self._run(predictor.finalise, candidates, predictions, k)
-        return {"user_id": request.user_id, "bundle": me, **predictor.answers(ranked, [state["degraded"]])[0]}
+        return {"user_id": request.user_id, "bundle": state.stamp.bundle, **predictor.answers(ranked, [state.degraded])[0]}
 
     @http.post("/score", response_model=api.ScoreAnswer, responses=_NOT_FOUND)
     async def score(self, request: api.ScoreRequest) -> dict[str, Any]:
         """Given items for a user, in the order given."""
-        me = self.predictor.fingerprint
         self._check_context(request.context)
         items = torch.from_numpy(self.predictor.items(request.item_ids))[None]
         state = await self._state(request)
         (logits, popular), predictions = await asyncio.gather(
-            self.retrieval.logits.remote(me, state, items), self.heads.score.remote(me, state["state"], items, request.context)
+            self.retrieval.logits.remote(state.stamp, state, items),
+            self.heads.score.remote(state.stamp, state, items, request.context),
         )
-        answer = await self._run(self.predictor.scored_answer, items, logits, popular, predictions, state["degraded"])
-        return {"user_id": request.user_id, "bundle": me, **answer}
+        answer = await self._run(self.predictor.scored_answer, items, logits, popular, predictions, state.degraded)
+        return {"user_id": request.user_id, "bundle": state.stamp.bundle, **answer}
 
     @http.post("/similar", response_model=api.SimilarAnswer, responses=_NOT_FOUND)
     async def similar(self, request: api.SimilarRequest) -> dict[str, Any]:
         """Items most like an item."""
         self.predictor.items([request.item_id])
         me, k = self.predictor.fingerprint, min(request.k, len(self.predictor.item_ids))
-        items = await self.retrieval.similar.remote(me, request.item_id, k)
+        items = await self.retrieval.similar.remote(Stamp(me), request.item_id, k)
         return {"item_id": request.item_id, "bundle": me, "items": items, "degraded": []}
 
     @http.post("/profile", response_model=api.ProfileAnswer)
     async def profile(self, request: api.ProfileRequest) -> dict[str, Any]:
         """What the history says about a user: a probability per value of every attribute."""
-        me = self.predictor.fingerprint
         state = await self._state(request)
-        profile = await self.heads.profile.remote(me, state["state"])
-        return {"user_id": request.user_id, "bundle": me, "profile": profile, "degraded": state["degraded"]}
+        profile = await self.heads.profile.remote(state.stamp, state)
+        return {"user_id": request.user_id, "bundle": state.stamp.bundle, "profile": profile, "degraded": state.degraded}
 
     @http.get("/healthz", response_model=api.Health)
     async def healthz(self) -> dict[str, str]:
@@ -192,13 +218,14 @@ class Ingress(_Stage):
             raise HTTPException(503, f"stages have different bundles: {sorted({me, *found})}")
         return {"status": "ok", "bundle": me}
 
-    async def _state(self, request: Any) -> dict[str, Any]:
+    async def _state(self, request: Any) -> EncodedState:
         if request.history is not None:
-            history = api.inline_history(request.history, self.predictor.schema)
+            history, version = api.inline_history(request.history, self.predictor.schema), "inline"
         else:
-            history = self.store.get(request.user_id) or History()
+            history, version = self.store.get(request.user_id) or History(), self.store.version
         at = request.at if request.at is not None else api.now_ms()
-        return await self.encoder.encode.remote(self.predictor.fingerprint, history.before(at))  # type: ignore[no-any-return]
+        stamp = Stamp(self.predictor.fingerprint, version)
+        return await self.encoder.encode.remote(stamp, history.before(at))  # type: ignore[no-any-return]
 
     def _check_context(self, context: Mapping[str, str | None]) -> None:
         known = [c.name for c in self.predictor.schema.context]

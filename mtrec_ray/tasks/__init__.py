@@ -18,7 +18,7 @@ def build_task(name: str, config: TaskConfig, schema: LogSchema, model: ModelCon
     """The module of a configured task."""
     match config:
         case RetrievalTask():
-            return Retrieval(name, model.width)
+            return Retrieval(name, model.width, schema.exclude_seen)
         case RegressionTask():
             return Regression(name, config.label, schema.labels[config.label], model.sharing_width)
         case BinaryTask():

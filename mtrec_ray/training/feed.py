@@ -120,7 +120,8 @@ class WindowCache:
 
 
 class PairSampler:
-    """Similarity pairs of a batch: (a history item, a positive target) of one user, close in place and time.
+    """Similarity pairs of a batch: two training positives of one user, the earlier one in the window's history,
+    close in place and time.
 
     Drawn by hashing (seed, epoch, row of the target), so they do not depend on ranks or batches.
     """
@@ -140,6 +141,7 @@ class PairSampler:
         chosen &= columns["target_positive"][target].astype(bool) & (pos >= back.astype(np.int64))
         target, anchor = target[chosen], (history_start + pos - back.astype(np.int64))[chosen]
         near = columns["target_time"][target] - columns["history_time"][anchor] <= self.within_ms
+        near &= columns["history_positive"][anchor].astype(bool)
         a, b = columns["history_item"][anchor].astype(np.int64), columns["target_item"][target].astype(np.int64)
         near &= a != b
         return a[near], b[near]

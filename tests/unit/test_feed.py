@@ -302,7 +302,8 @@ def allowed_pairs(window: int, within_positions: int, within_hours: float) -> Pa
     ):
         for place in range(max(0, pos - within_positions), pos):
             anchor = row["history_item"][place]
-            if positive and anchor != item and time - row["history_time"][place] <= within_hours * HOUR:
+            near = time - row["history_time"][place] <= within_hours * HOUR
+            if positive and row["history_positive"][place] and anchor != item and near:
                 out[anchor, item] += 1
     return out
 
@@ -345,6 +346,19 @@ def test_a_target_that_is_history_but_no_positive_is_in_no_pair() -> None:
     table = hand_table(target_positive=[[1, 0, 0], [1]])
     batch = collate(WindowCache.from_table(table), np.array([0, 1]), SCHEMA, pairs=PairSampler(1, 1e6, 1.0, 0))
     assert len(batch.pair_anchor_P) == 0
+
+
+def test_a_history_event_that_is_no_positive_anchors_no_pair() -> None:
+    everything = {"target_positive": [[1, 1, 1], [1]], "target_pos": [[0, 1, 2], [0]]}
+    pairs = PairSampler(1, 1e6, 1.0, 0)
+
+    def found(history_positive: list[list[int]]) -> list[tuple[int, int]]:
+        table = hand_table(history_positive=history_positive, **everything)
+        return drawn(WindowCache.from_table(table), 0, pairs)
+
+    assert found([[1, 1], []]) == [(3, 5), (5, 6)]
+    assert found([[0, 1], []]) == [(5, 6)]
+    assert found([[0, 0], []]) == []
 
 
 def test_a_share_draws_about_that_share_of_the_targets(cache: WindowCache) -> None:
@@ -393,6 +407,7 @@ def hand_table(**columns: Any) -> pa.Table:
         "history_item": [[3, 5], []],
         "history_time": [[1000, 4000], []],
         "history_row": [[0, 1], []],
+        "history_positive": [[1, 1], []],
         "target_item": [[3, 5, 6], [2]],
         "target_time": [[1000, 4000, 9000], [5]],
         "target_row": [[0, 1, 2], [3]],

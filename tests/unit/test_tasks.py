@@ -41,7 +41,7 @@ def make_forward(shared: torch.Tensor | None = None) -> Forward:
 
 
 def test_retrieval_is_log_softmax_over_the_catalogue_summed_over_positives() -> None:
-    task = Retrieval("r", 2)
+    task = Retrieval("r", 2, exclude_seen=False)
     forward = make_forward()
     # two positives of one moment, one non-positive, one positive of another window
     batch = make_batch([1, 1, 2, 0], [0, 2, 1, 1], [True, True, False, True], [NAN] * 4, [0, 0, 0, 1])
@@ -51,6 +51,25 @@ def test_retrieval_is_log_softmax_over_the_catalogue_summed_over_positives() -> 
         logits = (task.query(forward.state_BLD[window, pos]) @ forward.item_vec_ND.T).tolist()
         expected += math.log(sum(math.exp(v) for v in logits)) - logits[item]
     assert float(task.loss_sum(forward, batch)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_with_exclude_seen_the_visible_history_leaves_the_denominator_but_never_a_target() -> None:
+    task = Retrieval("r", 2, exclude_seen=True)
+    forward = make_forward()
+    batch = make_batch([0, 1, 3, 2], [1, 1, 2, 0], [True, True, True, True], [NAN] * 4, [0, 0, 0, 0])
+    batch.history.item_BS = torch.tensor([[0, 1, 2], [2, 0, 0]])  # the second window's padding is item 0 and masks nothing
+    # position -> (target, items left in the denominator); position 3 sees 0, 1 and its own target, 2
+    left = {0: (1, [0, 1, 2]), 1: (1, [1, 2]), 3: (2, [2]), 2: (0, [0, 2])}
+    expected = 0.0
+    for pos, (item, denominator) in left.items():
+        logits = (task.query(forward.state_BLD[0, pos]) @ forward.item_vec_ND.T).tolist()
+        expected += math.log(sum(math.exp(logits[i]) for i in denominator)) - logits[item]
+    assert float(task.loss_sum(forward, batch)) == pytest.approx(expected, rel=1e-5)
+    alone = make_batch([1], [1], [True], [NAN], [1])
+    alone.history.item_BS = batch.history.item_BS
+    logits = (task.query(forward.state_BLD[1, 1]) @ forward.item_vec_ND.T).tolist()
+    rest = math.log(sum(math.exp(logits[i]) for i in (0, 1)))
+    assert float(task.loss_sum(forward, alone)) == pytest.approx(rest - logits[1], rel=1e-5)
 
 
 def test_a_missing_label_is_masked_not_zero() -> None:
@@ -121,7 +140,7 @@ def test_every_task_takes_a_batch_without_its_labels() -> None:
     batch.pair_anchor_P = batch.pair_positive_P = torch.zeros(0, dtype=torch.long)
     stats = LabelStats(count=1, mean=0.0, std=1.0)
     tasks = [
-        Retrieval("r", 2),
+        Retrieval("r", 2, exclude_seen=False),
         Binary("b", "y", 4),
         Regression("g", "y", stats, 4),
         Similarity("s", 2, 0.1),

@@ -423,6 +423,7 @@ def test_the_table_holds_what_the_layout_says_column_by_column() -> None:
     assert a["target_positive"] == [1, 0, 1] and a["target_split"] == [TRAIN] * 3 and a["seen_item"] == []
     assert same(a["label_click"], [0.0, 1.0, 0.0]) and same(b["label_click"], [np.nan])
     assert same(a["history_action_click"], [0.0, 1.0, 0.0])
+    assert a["history_positive"] == [1, 0, 1]
     assert a["history_context_device"] == a["target_context_device"] == [1, 2, 0] and b["target_context_device"] == [3]
 
 
