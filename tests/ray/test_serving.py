@@ -1,0 +1,138 @@
+"""Serving as people start it: `make serve`'s command, `serve deploy` with the YAML; and stages of different bundles."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from jobs.serve import YAML
+from tests import tiny
+from tests.conftest import TinyRun
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parent.parent.parent
+BODY = {"user_id": "u1", "k": 3}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(answer: Callable[[], httpx.Response], seconds: float = 120) -> httpx.Response:
+    """The first 200, tried for some time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            response = answer()
+            if response.status_code == 200 or time.monotonic() > deadline:
+                return response
+        except httpx.TransportError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+@pytest.fixture
+def no_serve() -> Iterator[None]:
+    """Whatever a test leaves running is stopped."""
+    from ray import serve
+
+    yield
+    serve.shutdown()
+
+
+def test_make_serve_answers_until_it_is_told_to_stop(ray_cluster: Any, no_serve: None, tiny_run: TinyRun) -> None:
+    port = free_port()
+    makefile = (ROOT / "Makefile").read_text()
+    assert "python -m jobs.serve $(RUN) --port $(PORT)" in makefile
+    environment = os.environ | {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
+    command = [sys.executable, "-m", "jobs.serve", str(tiny_run.folder), "--port", str(port)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            url = f"http://127.0.0.1:{port}"
+            health = wait_for(lambda: httpx.get(f"{url}/healthz", timeout=30))
+            assert health.json() == {"status": "ok", "bundle": tiny_run.predictor.fingerprint}
+            assert len(httpx.post(f"{url}/recommend", json=BODY, timeout=30).json()["items"]) == 3
+            taken = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+            assert taken.returncode == 2 and f"port {port} is taken" in taken.stderr and "Traceback" not in taken.stderr
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=90) == 0
+            assert "Ctrl-C stops it" in process.stdout.read()
+            with pytest.raises(httpx.TransportError):
+                httpx.get(f"{url}/healthz", timeout=5)
+        finally:
+            process.kill()
+
+
+def test_serving_a_run_that_is_not_there_is_one_message(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.serve", str(tmp_path / "nothing"), "--port", str(free_port())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_serve_deploy_with_the_yaml_gives_four_autoscaling_deployments(
+    ray_cluster: Any, no_serve: None, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    settings = yaml.safe_load(YAML.read_text())
+    application = settings["applications"][0]
+    assert all("autoscaling_config" in d for d in application["deployments"])
+    application["args"]["run"] = str(tiny_run.folder)
+    for deployment in application["deployments"]:
+        deployment["ray_actor_options"]["num_cpus"] = 0.1  # the suite's cluster is small
+    port = settings["http_options"]["port"] = free_port()
+    (tmp_path / "recommend.yaml").write_text(yaml.safe_dump(settings))
+    serve_command = str(Path(sys.executable).parent / "serve")
+    address = ["--address", f"http://{ray_cluster.dashboard_url}"]
+    done = subprocess.run(
+        [serve_command, "deploy", str(tmp_path / "recommend.yaml"), *address],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = wait_for(lambda: httpx.post(f"http://127.0.0.1:{port}/recommend", json=BODY, timeout=30))
+    assert answer.status_code == 200 and answer.json()["bundle"] == tiny_run.predictor.fingerprint
+    status = subprocess.run([serve_command, "status", *address], capture_output=True, text=True, check=False, timeout=60)
+    found = yaml.safe_load(status.stdout)["applications"][application["name"]]
+    assert found["status"] == "RUNNING"
+    assert set(found["deployments"]) == {"Ingress", "StateEncoder", "Retrieval", "Heads"}
+    assert all(d["status"] == "HEALTHY" for d in found["deployments"].values())
+
+
+def test_stages_of_different_bundles_refuse_and_are_not_healthy(ray_cluster: Any, no_serve: None, tiny_run: TinyRun) -> None:
+    from ray import serve
+
+    from mtrec_ray.serving.deployments import Heads, Ingress, Retrieval, StateEncoder
+
+    other = tiny.make_config(tiny_run.folder, lambda raw: raw.update(seed=1))
+    model = tiny.train_locally(other, tiny_run.data)
+    fingerprint = tiny.write_bundle(other, tiny_run.data, model, tiny_run.folder / "other").fingerprint
+    root = tiny_run.bundle_root
+    small = {"ray_actor_options": {"num_cpus": 0.1}}
+    stages = [d.options(**small).bind(root) for d in (StateEncoder, Retrieval)]
+    stages.append(Heads.options(**small).bind(str(tiny_run.folder / "other")))
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(Ingress.options(**small).bind(root, str(tiny_run.folder / "data"), *stages), name="mixed", route_prefix="/")
+    url = f"http://127.0.0.1:{port}"
+    health = httpx.get(f"{url}/healthz", timeout=30)
+    assert health.status_code == 503 and fingerprint in health.text and tiny_run.predictor.fingerprint in health.text
+    refused = httpx.post(f"{url}/recommend", json=BODY, timeout=30)
+    assert refused.status_code == 503 and "different bundles" in refused.text and refused.headers["retry-after"] == "1"
+    # what the other stages alone can answer is answered
+    assert httpx.post(f"{url}/similar", json={"item_id": "i3", "k": 2}, timeout=30).status_code == 200
