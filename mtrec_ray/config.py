@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mtrec_ray.expressions import Expression, ExpressionError
+from mtrec_ray.schema import Protocol
 
 
 class ConfigError(ValueError):
@@ -140,10 +141,16 @@ class DataConfig(_Model):
     """`group`: a target sees only strictly earlier times; `order`: ties see earlier rows of the log."""
     exclude_seen: bool = False
     """Never recommend an item of the user's history; one setting for evaluation, batch and online."""
-    protocol: Literal["time", "leave_one_out"] = "time"
+    protocol: Protocol = "time"
     """How train, valid and test are divided; see docs/evaluation.md."""
     time_split: tuple[float, float] = (0.8, 0.9)
     """`time` only: shares of events before the valid cut and before the test cut."""
+    holdout: tuple[float, float] = (0.1, 0.1)
+    """`user_holdout` and `item_holdout`: shares of users or items, by hash, for valid and for test."""
+    folds: Int = Field(default=10, ge=3)
+    """`random`: number of folds of events, by hash. One is test, the next one valid."""
+    fold: Int = Field(default=0, ge=0)
+    """`random`: the test fold, counted from 0."""
     window: Int = Field(default=100, ge=2, le=4096)
     """L, the history positions of a window, the start token included."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
@@ -178,6 +185,10 @@ class DataConfig(_Model):
             _expression(self.history, set(self.labels), "history")
         if not 0 < self.time_split[0] < self.time_split[1] < 1:
             raise ValueError("time_split: two increasing shares between 0 and 1, such as [0.8, 0.9]")
+        if min(self.holdout) <= 0 or sum(self.holdout) >= 1:
+            raise ValueError("holdout: two shares above 0 that leave something to train on, such as [0.1, 0.1]")
+        if self.fold >= self.folds:
+            raise ValueError(f"fold: {self.fold} is not one of {self.folds} folds, which count from 0")
         if self.attributes and self.users is None:
             raise ValueError("attributes: a users table is needed")
         if self.text is not None and self.items is None:

@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+Protocol = Literal["time", "leave_one_out", "user_holdout", "item_holdout", "random"]
+"""How a log is divided into train, valid and test (docs/evaluation.md)."""
+
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,7 +62,7 @@ class LogSchema(_Model):
     window: int
     same_time: Literal["group", "order"]
     exclude_seen: bool
-    protocol: Literal["time", "leave_one_out"]
+    protocol: Protocol
     actions: tuple[ActionSpec, ...]
     labels: dict[str, LabelStats]
     context: tuple[ContextSpec, ...] = ()

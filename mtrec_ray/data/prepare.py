@@ -252,7 +252,17 @@ def to_events(config: RunConfig, table: pa.Table) -> windows.Events:
 
 
 def split_events(data: DataConfig, events: windows.Events, cuts: tuple[int, int]) -> np.ndarray:
-    return windows.split_by_time(events, *cuts) if data.protocol == "time" else windows.split_leave_one_out(events)
+    match data.protocol:
+        case "time":
+            return windows.split_by_time(events, *cuts)
+        case "leave_one_out":
+            return windows.split_leave_one_out(events)
+        case "user_holdout":
+            return windows.split_by_user(events, *data.holdout)
+        case "item_holdout":
+            return windows.split_by_item(events, *data.holdout)
+        case "random":
+            return windows.split_at_random(events, data.folds, data.fold)
 
 
 def _pass_fit(job: _Job, cuts: tuple[int, int]) -> dict[str, Any]:
@@ -386,7 +396,7 @@ def _pass_windows(job: _Job, cuts: tuple[int, int], catalogue: pa.Table, schema:
             if which == windows.TRAIN:
                 layout = windows.train_layout(events, split, length, same_time)
             else:
-                layout = windows.moment_layout(events, split, which, length, same_time)
+                layout = windows.moment_layout(events, split, which, length, same_time, schema.protocol)
             out = windows.windows_table(layout, events, item, split, context, actions, profile, fold)
             storage.write_table(me.part(f"windows/{name}", number), out)
             counts |= {f"{name}_windows": len(out), f"{name}_targets": len(layout.target_event)}

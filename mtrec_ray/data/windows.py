@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -66,6 +67,33 @@ def split_leave_one_out(events: Events) -> NDArray[np.int8]:
     split[enough & after_second] = VALID
     split[enough & after_last] = TEST
     return split
+
+
+def share_of(ids: pa.Array, key: str) -> NDArray[np.float64]:
+    """A number in [0, 1) per id: SipHash with a key of its own, so that it does not depend on other ids."""
+    hashed = pd.util.hash_array(ids.to_pandas().to_numpy(dtype=object), hash_key=f"{key:!<16}", categorize=False)
+    return np.asarray((hashed >> np.uint64(11)).astype(np.float64) / 2**53)
+
+
+def _split_by_share(share: NDArray[np.float64], valid: float, test: float) -> NDArray[np.int8]:
+    return np.where(share < test, TEST, np.where(share < test + valid, VALID, TRAIN)).astype(np.int8)
+
+
+def split_by_user(events: Events, valid: float, test: float) -> NDArray[np.int8]:
+    """All events of a user belong to one split, by the hash of the user's id."""
+    return _split_by_share(share_of(events.user_ids, "user_holdout"), valid, test)[events.user]
+
+
+def split_by_item(events: Events, valid: float, test: float) -> NDArray[np.int8]:
+    """All events of an item belong to one split, by the hash of the item's id."""
+    encoded = events.item_ids.dictionary_encode()
+    return _split_by_share(share_of(encoded.dictionary, "item_holdout"), valid, test)[encoded.indices.to_numpy()]
+
+
+def split_at_random(events: Events, folds: int, fold: int) -> NDArray[np.int8]:
+    """Events hashed into folds by their row of the log: one is test, the next one valid."""
+    hashed = pd.util.hash_array(events.row, categorize=False) % np.uint64(folds)
+    return np.where(hashed == fold, TEST, np.where(hashed == (fold + 1) % folds, VALID, TRAIN)).astype(np.int8)
 
 
 def _suffix_count(flags: BoolArray, user: IntArray, user_start: IntArray) -> IntArray:
@@ -145,18 +173,27 @@ def train_layout(events: Events, split: NDArray[np.int8], length: int, same_time
     )  # fmt: skip
 
 
-def moment_layout(events: Events, split: NDArray[np.int8], which: int, length: int, same_time: str) -> Layout:
+def moment_layout(
+    events: Events, split: NDArray[np.int8], which: int, length: int, same_time: str, protocol: str = "time"
+) -> Layout:
     """One window per (user, moment) of a split: the last L - 1 visible events, and the moment's targets.
 
     `seen` are the visible events before the window's history, so that history and seen together are all.
+    Visible are earlier events of any split. Under `item_holdout` only those of the training part are (on other
+    items, that is); under `random` all events of the user's training part are, earlier or later: one moment.
     """
     capacity = length - 1
-    history_event = np.flatnonzero(events.is_history)
-    before = np.concatenate([[0], np.cumsum(events.is_history)]).astype(np.int64)
+    is_history = events.is_history & (split == TRAIN) if protocol in ("item_holdout", "random") else events.is_history
+    history_event = np.flatnonzero(is_history)
+    before = np.concatenate([[0], np.cumsum(is_history)]).astype(np.int64)
     target = np.flatnonzero(split == which)
-    k = visible_history(events, events.is_history, same_time)[target]
     new = np.ones(len(target), dtype=bool)
-    if same_time == "group":
+    if protocol == "random":
+        k = (before[events.user_start[1:]] - before[events.user_start[:-1]])[events.user[target]]
+        new[1:] = events.user[target][1:] != events.user[target][:-1]
+    else:
+        k = visible_history(events, is_history, same_time)[target]
+    if same_time == "group" and protocol != "random":
         new[1:] = (events.user[target][1:] != events.user[target][:-1]) | (events.time[target][1:] != events.time[target][:-1])
     first = np.flatnonzero(new)
     target_offsets = np.concatenate([first, [len(target)]]).astype(np.int64)

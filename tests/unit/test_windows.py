@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from tests import tiny
 LENGTHS = (2, 3, 4, 7, 100)
 VALID_FROM, TEST_FROM = 4, 6
 """Cuts of protocol time in the logs of this file, whose times are small integers."""
+
+
+HASHED = ("user_holdout", "item_holdout", "random")
 
 
 class Row(NamedTuple):
@@ -52,6 +56,12 @@ def make_events(log: list[Row]) -> Events:
 def split_of(events: Events, protocol: str) -> np.ndarray:
     if protocol == "time":
         return windows.split_by_time(events, VALID_FROM, TEST_FROM)
+    if protocol == "user_holdout":
+        return windows.split_by_user(events, 0.3, 0.4)
+    if protocol == "item_holdout":
+        return windows.split_by_item(events, 0.2, 0.3)
+    if protocol == "random":
+        return windows.split_at_random(events, 4, 1)
     return windows.split_leave_one_out(events)
 
 
@@ -102,7 +112,11 @@ class Reference:
         for row, event in enumerate(log):
             self.users.setdefault(event.user, []).append(row)
         self.users = {u: sorted(rows, key=lambda r: (log[r].time, r)) for u, rows in sorted(self.users.items())}
-        self.split = {row: s for rows in self.users.values() for row, s in self._splits(rows).items()}
+        if protocol in HASHED:  # which events a hash chooses is tested apart
+            events = make_events(log)
+            self.split = dict(zip(events.row.tolist(), split_of(events, protocol).tolist(), strict=True))
+        else:
+            self.split = {row: s for rows in self.users.values() for row, s in self._splits(rows).items()}
 
     def _splits(self, rows: list[int]) -> dict[int, int]:
         if self.protocol == "time":
@@ -145,16 +159,20 @@ class Reference:
         out: list[Window] = []
         capacity = self.length - 1
         for user, rows in self.users.items():
-            history = [r for r in rows if self.log[r].history]
+            hidden = self.protocol in ("item_holdout", "random")
+            history = [r for r in rows if self.log[r].history and not (hidden and self.split[r] != TRAIN)]
             moments: list[list[int]] = []
             for target in (r for r in rows if self.split[r] == which):
+                if self.protocol == "random" and moments:
+                    moments[0].append(target)
+                    continue
                 together = moments and self.same_time == "group" and self.log[moments[-1][0]].time == self.log[target].time
                 if together:
                     moments[-1].append(target)
                 else:
                     moments.append([target])
             for moment in moments:
-                visible = self.visible(moment[0], history)
+                visible = history if self.protocol == "random" else self.visible(moment[0], history)
                 shown = visible[-capacity:]
                 targets = [(t, len(shown)) for t in moment]
                 out.append(Window(user, 0, 1, shown, targets, visible[: len(visible) - len(shown)]))
@@ -182,12 +200,12 @@ rows = st.builds(
 logs = st.lists(rows, min_size=1, max_size=45)
 lengths = st.sampled_from(LENGTHS)
 ties = st.sampled_from(["group", "order"])
-protocols = st.sampled_from(["time", "leave_one_out"])
+protocols = st.sampled_from(["time", "leave_one_out", *HASHED])
 
 
 @pytest.mark.parametrize("same_time", ["group", "order"])
-@pytest.mark.parametrize("protocol", ["time", "leave_one_out"])
-@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("protocol", ["time", "leave_one_out", *HASHED])
+@settings(max_examples=60, deadline=None)
 @given(log=logs, length=lengths)
 def test_windows_moments_and_store_are_those_of_plain_loops(protocol: str, same_time: str, log: list[Row], length: int) -> None:
     events, reference = make_events(log), Reference(log, protocol, length, same_time)
@@ -195,7 +213,8 @@ def test_windows_moments_and_store_are_those_of_plain_loops(protocol: str, same_
     assert dict(zip(events.row.tolist(), split.tolist(), strict=True)) == reference.split
     assert unroll(windows.train_layout(events, split, length, same_time), events) == reference.train()
     for which in (VALID, TEST):
-        assert unroll(windows.moment_layout(events, split, which, length, same_time), events) == reference.moments(which)
+        layout = windows.moment_layout(events, split, which, length, same_time, protocol)
+        assert unroll(layout, events) == reference.moments(which)
     assert unroll(windows.store_layout(events, split, protocol, length, same_time), events) == reference.store()
 
 
@@ -377,6 +396,60 @@ def test_leave_one_out_leaves_users_with_fewer_than_three_positives_in_training(
 def test_leave_one_out_counts_positives_of_each_user_alone() -> None:
     events = make_events([Row("a", 0), Row("a", 1), Row("b", 0), Row("b", 1), Row("b", 2)])
     assert split_of(events, "leave_one_out").tolist() == [TRAIN, TRAIN, TRAIN, VALID, TEST]
+
+
+def big_log() -> list[Row]:
+    rng = np.random.default_rng(0)
+    return [Row(f"u{u}", int(t)) for u, t in zip(rng.integers(0, 400, 4000), rng.integers(0, 99, 4000), strict=True)]
+
+
+def test_user_holdout_takes_whole_users_in_the_given_shares() -> None:
+    events = make_events(big_log())
+    split = windows.split_by_user(events, 0.1, 0.2)
+    of_user = [set(split[events.user == u]) for u in range(len(events.user_ids))]
+    assert all(len(s) == 1 for s in of_user)
+    share = np.bincount([s.pop() for s in of_user], minlength=3) / len(of_user)
+    assert share == pytest.approx([0.7, 0.1, 0.2], abs=0.06)
+    found = unroll(windows.moment_layout(events, split, TEST, 5, "order", "user_holdout"), events)
+    assert {w.user for w in found}.isdisjoint({w.user for w in unroll(windows.train_layout(events, split, 5, "order"), events)})
+    assert len(found[0].history) == 0 and found[0].targets[0][1] == 0  # a new user's first event is a target too
+
+
+def test_item_holdout_hides_whole_items_from_training_and_from_every_history() -> None:
+    log = big_log()
+    events = make_events(log)
+    events = dataclasses.replace(events, item_ids=pa.array([f"i{r % 300}" for r in events.row]))
+    split = windows.split_by_item(events, 0.1, 0.1)
+    items = np.array(events.item_ids.to_pylist())
+    held = set(items[split != TRAIN])
+    assert held.isdisjoint(items[split == TRAIN]) and len(held) / 300 == pytest.approx(0.2, abs=0.08)
+    for which in (VALID, TEST):
+        layout = windows.moment_layout(events, split, which, 50, "order", "item_holdout")
+        assert sorted(layout.target_event) == np.flatnonzero(split == which).tolist()  # every event on them is a target
+        assert held.isdisjoint(items[layout.history_event]) and held.isdisjoint(items[layout.seen_event])
+
+
+def test_random_folds_part_the_log_and_show_the_whole_training_part() -> None:
+    events = make_events(big_log())
+    splits = [windows.split_at_random(events, 5, fold) for fold in range(5)]
+    tested = np.array([s == TEST for s in splits])
+    assert (tested.sum(0) == 1).all()  # every event is tested in exactly one fold
+    assert tested.mean(1) == pytest.approx([0.2] * 5, abs=0.03)
+    found = unroll(windows.moment_layout(events, splits[0], TEST, 100, "group", "random"), events)
+    assert len(found) == len({w.user for w in found})
+    of_user = {w.user: w for w in found}
+    train = {events.row[i] for i in np.flatnonzero(splits[0] == TRAIN)}
+    for user, window in of_user.items():
+        mine = {r for r, row in enumerate(big_log()) if row.user == user}
+        assert set(window.history) == mine & train
+
+
+def test_a_hash_split_of_an_event_does_not_depend_on_the_others() -> None:
+    whole, part = make_events(big_log()), make_events(big_log()[:1000])
+    for split in (lambda e: windows.split_by_user(e, 0.2, 0.2), lambda e: windows.split_by_item(e, 0.2, 0.2),
+                  lambda e: windows.split_at_random(e, 4, 0)):  # fmt: skip
+        big = dict(zip(whole.row.tolist(), split(whole).tolist(), strict=True))
+        assert all(big[r] == s for r, s in zip(part.row.tolist(), split(part).tolist(), strict=True))
 
 
 def test_the_store_ends_before_the_test_moment_under_leave_one_out_alone() -> None:
