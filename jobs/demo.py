@@ -80,11 +80,10 @@ def show_user(console: Console, client: httpx.Client, store: HistoryStore, title
         console.print(f"profile {attribute}: " + ", ".join(f"{value} {p:.0%}" for value, p in best))
 
 
-def show_similar(console: Console, client: httpx.Client, item_id: str) -> None:
+def show_similar(console: Console, client: httpx.Client, item_id: str, title: str) -> None:
+    """The nearest items of one item."""
     answer = post(client, "/similar", {"item_id": item_id, "k": 5})
-    title = post(client, "/recommend", {"history": [], "k": 1})["degraded"]
-    console.print(f"(an empty history is answered with {title})")
-    table = Table(title=f"Similar to item {item_id}")
+    table = Table(title=f"Similar to {title}")
     table.add_column("title")
     table.add_column("cosine", justify="right")
     for item in answer["items"]:
@@ -127,8 +126,11 @@ def main() -> int:
             console.rule("mtrec_ray demo")
             show_metrics(console, metrics)
             show_user(console, client, HistoryStore(f"{args.out}/data"), titles, args.user)
-            console.print(f"similar to {titles[args.item]}:")
-            show_similar(console, client, args.item)
+            show_similar(console, client, args.item, titles[args.item])
+            stranger = post(client, "/recommend", {"user_id": "a user nobody knows", "k": 1})
+            console.print(
+                f"an unknown user gets the popularity list, marked {stranger['degraded']}: {stranger['items'][0]['title']}, ..."
+            )
             console.print(f"health: {health['status']}, bundle {health['bundle'][:12]}")
     finally:
         stop()

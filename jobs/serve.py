@@ -46,7 +46,7 @@ def start(run: str, port: int) -> Callable[[], None]:
     serve.start(proxy_location=settings["proxy_location"], http_options={**settings["http_options"], "port": port})
     application = settings["applications"][0]
     options = {d["name"]: {k: v for k, v in d.items() if k != "name"} for d in application["deployments"]}
-    graph = build(Args(run=storage.absolute(run)), options)
+    graph = build(Args(run=storage.absolute(run), options=options))
     serve.run(
         graph, name=application["name"], route_prefix=application["route_prefix"], logging_config={"enable_access_log": False}
     )

@@ -365,14 +365,21 @@ class ScoringConfig(_Model):
 
 
 class EvaluationConfig(_Model):
-    baselines: tuple[Literal["popularity", "popularity_recent", "itemknn", "ease"], ...] = (
+    """How the run is judged; see docs/evaluation.md."""
+
+    baselines: tuple[Literal["popularity", "popularity_recent", "itemknn", "ease", "ials", "bpr", "tasks"], ...] = (
         "popularity",
         "popularity_recent",
         "itemknn",
         "ease",
+        "tasks",
     )
+    """Each is tuned on valid. `tasks` stands for those of all other tasks: means, gradient boosting, majority, a linear
+    model on the bag of items, item vectors. `ials` and `bpr` need the extra `baselines`."""
     bootstrap: Int = Field(default=1000, ge=0)
-    """Resamples of users in the paired comparison with the best baseline."""
+    """Resamples of users behind every interval; 0 gives none."""
+    seed: Int = 0
+    """Seed of the resamples; the same in two runs that are to be compared."""
     batch_windows: Int = Field(default=256, ge=1)
     profile_folds_test: tuple[int, ...] = (0, 1)
     profile_fold_valid: int = 2

@@ -5,6 +5,7 @@ Every stage is also a job of its own (`python -m jobs.STAGE`). Where things lie 
     data/ text/ train/    published directories of the first three stages
     bundle/               the bundle; evaluation publishes it
     metrics.json          what evaluation measured, with rows, timing and memory of every stage
+    evaluation/           resamples, slices and curves behind it (jobs.compare, the report)
     scores/*.parquet      top lists of every user
 """
 
@@ -43,6 +44,7 @@ class Run:
         self.text = storage.Directory(self.path("text"))
         self.trained = storage.Directory(self.path("train"))
         self.bundle = storage.Directory(self.path("bundle"))
+        self.evaluation = storage.Directory(self.path("evaluation"))
 
     def path(self, *parts: str) -> str:
         return storage.join(self.out, *parts)
@@ -115,11 +117,22 @@ class Run:
         prefix = storage.join(self.bundle.root, inputs[:16])
         if not storage.exists(storage.join(prefix, "fingerprint.json")):
             raise StageError(f"{self.bundle.root}: no indexed bundle of this config; run jobs.index first")
-        if self.bundle.is_published(inputs) and storage.exists(storage.join(prefix, "metrics.json")):
+        if self.bundle.is_published(inputs) and self.evaluation.is_published(inputs):
             return False
-        storage.write_json(storage.join(prefix, "metrics.json"), evaluate(self.config, self.data, prefix))
         fingerprint = storage.read_json(storage.join(prefix, "fingerprint.json"))["fingerprint"]
+        found = evaluate(self.config, self.data, prefix)
+        storage.write_json(storage.join(prefix, "metrics.json"), found.metrics)
         self.bundle.publish(inputs, kind="bundle", fingerprint=fingerprint)
+        kept = self.evaluation.begin(inputs)
+        storage.write_json(storage.join(kept, "metrics.json"), found.metrics)
+        storage.write_json(storage.join(kept, "slices.json"), found.slices)
+        storage.write_bytes(storage.join(kept, "resamples.npz"), found.resamples)
+        storage.write_bytes(storage.join(kept, "curves.npz"), found.curves)
+        settings = self.config.evaluation
+        self.evaluation.publish(
+            inputs, kind="evaluation", bundle=fingerprint, data=self.data.manifest["inputs"], protocol=self.config.data.protocol,
+            resamples=settings.bootstrap, seed=settings.seed,
+        )  # fmt: skip
         return True
 
     def _score(self) -> bool:

@@ -128,6 +128,7 @@ class Predictor:
         self.item_vec_ND = item_vec_ND
         self.index = ExactIndex(item_vec_ND)
         count_N = torch.from_numpy(catalogue["count"].to_numpy().astype(np.float32))
+        self.trained_events = int(count_N.sum())  # training events that are history; what popularity counts
         self.popularity_N = count_N / count_N.sum().clamp(min=1)
         with torch.no_grad():
             similarity = model.similarity

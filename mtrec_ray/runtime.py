@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -78,6 +79,8 @@ def preflight(config: RunConfig, out: str) -> None:
         )
     if config.train.use_gpu and config.train.workers > gpus:
         raise PreflightError(f"train.use_gpu with {config.train.workers} workers, but the cluster has {gpus:g} GPUs")
+    if {"ials", "bpr"} & set(config.evaluation.baselines) and importlib.util.find_spec("implicit") is None:
+        raise PreflightError("evaluation.baselines: ials and bpr need the package implicit: pip install 'mtrec_ray[baselines]'")
     nodes = [n for n in ray.nodes() if n["Alive"]]
     tables = (config.data.interactions, config.data.items, config.data.users)
     paths = [out, *[t.path for t in tables if t is not None]]

@@ -1,7 +1,7 @@
 """The Serve application: `serve run serve_apps.recommend:build run=runs/ml100k`, or `serve deploy` with
 serve_apps/recommend.yaml."""
 
-from __future__ import annotations
+# no `from __future__ import annotations` here: Serve reads the class in build's signature to validate the arguments
 
 from typing import Any
 
@@ -19,13 +19,12 @@ class Args(BaseModel):
 
     run: str
     """Run directory or URI with bundle/ and data/."""
+    options: dict[str, dict[str, Any]] = {}
+    """Deployment name -> Serve options, for callers that do not deploy the YAML."""
 
 
-def build(args: Args, options: dict[str, dict[str, Any]] | None = None) -> serve.Application:
-    """Application builder. Raises StorageError here, before any replica starts, when the run has no bundle.
-
-    options: deployment name -> options, for callers that do not deploy the YAML.
-    """
+def build(args: Args) -> serve.Application:
+    """Application builder. Raises StorageError here, before any replica starts, when the run has no bundle."""
     for name in ("bundle", "data"):
         storage.Directory(storage.join(args.run, name)).manifest  # noqa: B018
-    return build_graph(storage.join(args.run, "bundle"), storage.join(args.run, "data"), options or {})
+    return build_graph(storage.join(args.run, "bundle"), storage.join(args.run, "data"), args.options)

@@ -1,49 +1,55 @@
-"""Baselines, fitted on the training part and given the same history at each moment as the model.
+"""Ranking baselines, fitted on the training part and given the same history at each moment as the model.
 
-A ranking baseline turns the items of a history into a score for every item; masking, ranks and metrics are the
-model's own code (`evaluate.py`, `metrics.py`).
+Each turns the visible items of a moment into a score for every item; the seen filter, ranks and metrics are those of
+the model (`measure.py`). The tuning budget of each is its grid, tried on valid NDCG@10.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from mtrec_ray.config import BinaryTask, ProfileTask, RegressionTask
 from mtrec_ray.evaluation import metrics as m
-from mtrec_ray.evaluation.evaluate import moments_of
+from mtrec_ray.evaluation.measure import Moments, System, measure
 from mtrec_ray.predictor import Predictor
-from mtrec_ray.retrieval.exact import mask_items, top_k
 from mtrec_ray.training.feed import WindowCache
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
-
-class Ranker(Protocol):
-    """What the evaluation needs of a ranking baseline."""
-
-    def scores(self, history: sp.csr_matrix) -> NDArray[np.float32]:
-        """Histories (moments × items, ones where visible) -> score of every item."""
-        ...
+MAX_DENSE_ITEMS = 20_000
+"""ItemKNN and EASE hold a dense matrix of items by items; beyond this many they are skipped."""
+MAX_TUNING_MOMENTS = 20_000
+"""Valid moments that a baseline is tuned on, spread evenly."""
 
 
 @dataclass
-class Popularity:
+class Popularity(System):
     """Items by their number of training events (all, or of the recent window)."""
 
     count: NDArray[np.float32]
 
-    def scores(self, history: sp.csr_matrix) -> NDArray[np.float32]:
-        return np.broadcast_to(self.count, (history.shape[0], len(self.count))).copy()
+    def scores(self, moments: Moments) -> Tensor:
+        return torch.from_numpy(np.broadcast_to(self.count, (len(moments), len(self.count))).copy())
 
 
-class ItemKNN:
+class _ItemWeights(System):
+    """Scores are the sum of the visible items' rows of an N × N matrix."""
+
+    weights: NDArray[np.float32]
+
+    def scores(self, moments: Moments) -> Tensor:
+        return torch.from_numpy(np.asarray(moments.visible() @ self.weights, dtype=np.float32))
+
+
+class ItemKNN(_ItemWeights):
     """Cosine between items' user vectors, the `k` best neighbours of each (Deshpande & Karypis 2004)."""
 
     def __init__(self, interactions: sp.csr_matrix, k: int) -> None:
@@ -55,11 +61,11 @@ class ItemKNN:
         cut = np.partition(similarity, -min(k, len(similarity)), axis=0)[-min(k, len(similarity))]
         self.weights = np.where(similarity >= cut, similarity, 0).astype(np.float32)
 
-    def scores(self, history: sp.csr_matrix) -> NDArray[np.float32]:
-        return np.asarray(history @ self.weights, dtype=np.float32)
+    def similar(self, item_B: IntArray) -> Tensor:
+        return torch.from_numpy(self.similarity[item_B])
 
 
-class EASE:
+class EASE(_ItemWeights):
     """B = I - P / diag(P), P = (XᵀX + λI)⁻¹ (Steck 2019, arXiv 1905.03375, equation 8)."""
 
     def __init__(self, interactions: sp.csr_matrix, regularisation: float) -> None:
@@ -70,133 +76,139 @@ class EASE:
         np.fill_diagonal(weights, 0)
         self.weights = weights.astype(np.float32)
 
-    def scores(self, history: sp.csr_matrix) -> NDArray[np.float32]:
-        return np.asarray(history @ self.weights, dtype=np.float32)
+
+class IALS(System):
+    """Implicit matrix factorisation (Hu, Koren & Volinsky 2008) by `implicit`; a moment's user vector is solved from
+    its visible items."""
+
+    def __init__(self, interactions: sp.csr_matrix, factors: int, regularisation: float, alpha: float, seed: int) -> None:
+        from implicit.cpu.als import AlternatingLeastSquares
+
+        self.model = AlternatingLeastSquares(
+            factors=factors, regularization=regularisation, alpha=alpha, iterations=15, random_state=seed, num_threads=1
+        )
+        self.model.fit(interactions.astype(np.float32), show_progress=False)
+
+    def scores(self, moments: Moments) -> Tensor:
+        user = self.model.recalculate_user(np.arange(len(moments)), moments.visible())
+        return torch.from_numpy(np.asarray(user @ self.model.item_factors.T, dtype=np.float32))
 
 
-GRIDS: dict[str, tuple[float, ...]] = {"itemknn": (20, 50, 100, 200, 500), "ease": (50, 100, 200, 500, 1000, 2000)}
-"""Values tried on valid: the whole tuning budget of a baseline."""
+class BPR(System):
+    """Matrix factorisation by Bayesian personalised ranking (Rendle et al. 2009) by `implicit`.
+
+    It has no way to fold a history in: known users keep the vector that training gave them, others get the mean.
+    """
+
+    def __init__(
+        self, interactions: sp.csr_matrix, user_ids: Iterable[str], factors: int, learning_rate: float, epochs: int, seed: int
+    ) -> None:
+        from implicit.cpu.bpr import BayesianPersonalizedRanking
+
+        self.row = {u: i for i, u in enumerate(user_ids)}
+        model = BayesianPersonalizedRanking(
+            factors=factors, learning_rate=learning_rate, iterations=epochs, random_state=seed, num_threads=1
+        )
+        model.fit(interactions.astype(np.float32), show_progress=False)
+        self.user, self.item = model.user_factors, model.item_factors
+
+    def scores(self, moments: Moments) -> Tensor:
+        rows = np.array([self.row.get(u, -1) for u in moments.user_ids], dtype=np.int64)
+        user = np.where((rows >= 0)[:, None], self.user[np.maximum(rows, 0)], self.user.mean(0))
+        return torch.from_numpy(np.asarray(user @ self.item.T, dtype=np.float32))
 
 
-def interactions_of(cache: WindowCache, n_items: int) -> sp.csr_matrix:
-    """Training positives -> users × items, ones."""
+class ItemVectors(System):
+    """Nearest neighbours of the model's own item vectors by cosine, without the similarity task's projection."""
+
+    def __init__(self, item_vec_ND: Tensor) -> None:
+        self.unit_ND = torch.nn.functional.normalize(item_vec_ND, dim=-1)
+
+    def similar(self, item_B: IntArray) -> Tensor:
+        return self.unit_ND[torch.from_numpy(item_B)] @ self.unit_ND.T
+
+
+def interactions_of(cache: WindowCache, n_items: int) -> tuple[sp.csr_matrix, list[str]]:
+    """Training positives -> (users × items, ones; the users' ids)."""
     target, length = cache.gather("target", np.arange(len(cache)))
     positive = cache.columns["target_positive"][target].astype(bool)
-    codes = cache.user_ids.dictionary_encode().indices.to_numpy()
-    user = np.repeat(codes, length)[positive]
+    encoded = cache.user_ids.dictionary_encode()
+    user = np.repeat(encoded.indices.to_numpy(), length)[positive]
     item = cache.columns["target_item"][target][positive]
-    matrix = sp.csr_matrix((np.ones(len(user), np.float32), (user, item)), shape=(int(codes.max(initial=-1)) + 1, n_items))
+    matrix = sp.csr_matrix((np.ones(len(user), np.float32), (user, item)), shape=(len(encoded.dictionary), n_items))
     matrix.data[:] = 1
-    return matrix
+    return matrix, encoded.dictionary.to_pylist()
 
 
-def history_matrix(cache: WindowCache, index: IntArray, n_items: int) -> sp.csr_matrix:
-    """All events visible at each moment (the window's history and what came before it) -> moments × items, ones."""
-    parts = [cache.gather(group, index) for group in ("history", "seen")]
-    row = np.concatenate([np.repeat(np.arange(len(index)), length) for _, length in parts])
-    item = np.concatenate([cache.columns[f"{g}_item"][flat] for g, (flat, _) in zip(("history", "seen"), parts, strict=True)])
-    matrix = sp.csr_matrix((np.ones(len(row), np.float32), (row, item)), shape=(len(index), n_items))
-    matrix.data[:] = 1
-    return matrix
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "itemknn": [{"k": k} for k in (20, 50, 100, 200, 500)],
+    "ease": [{"regularisation": r} for r in (50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)],
+    "ials": [
+        {"factors": f, "regularisation": r, "alpha": a} for f in (32, 64, 128) for r in (0.1, 10.0) for a in (1.0, 5.0)
+    ],
+    "bpr": [{"factors": f, "learning_rate": r, "epochs": e} for f in (32, 64) for r in (0.01, 0.05) for e in (100, 300)],
+}  # fmt: skip
+"""Values tried on valid: the whole tuning budget of a baseline."""
+
+RANKERS = ("popularity", "popularity_recent", *GRIDS)
 
 
-def evaluate_ranker(ranker: Ranker, predictor: Predictor, cache: WindowCache, batch: int = 512) -> dict[str, FloatArray]:
-    """Metrics per moment; the same masking and ranks as the model's."""
-    pieces: list[dict[str, FloatArray]] = []
-    for index in np.array_split(np.arange(len(cache)), max(1, -(-len(cache) // batch))):
-        encoded, target, row, _ = moments_of(predictor, cache, index)
-        score_BN = torch.from_numpy(ranker.scores(history_matrix(cache, index, predictor.schema.n_items)))
-        score_BN = mask_items(score_BN, encoded.seen)
-        positive = cache.columns["target_positive"][target].astype(bool)
-        item = cache.columns["target_item"][target].astype(np.int64)
-        relevant_row, relevant_item = m.relevant_items(row, item, positive)
-        rank = m.pessimistic_rank(score_BN, torch.from_numpy(relevant_row), torch.from_numpy(relevant_item))
-        pieces.append(m.ranking_metrics(relevant_row, rank, len(index)))
-    return {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+@dataclass(frozen=True)
+class Fitted:
+    """A baseline, what was chosen on valid, and out of how many tries."""
+
+    system: System
+    chosen: dict[str, float]
+    tries: int = 1
+
+
+def valid_ndcg(system: System, predictor: Predictor, valid: WindowCache, batch: int) -> float:
+    """NDCG@10 on valid, per user first."""
+    index = np.unique(np.linspace(0, len(valid) - 1, min(len(valid), MAX_TUNING_MOMENTS)).astype(np.int64))
+    facts, answers = measure({"it": system}, predictor, valid, index, batch, lists=False)
+    rank = answers["it"].rank
+    assert rank is not None
+    found = m.ranking_metrics(facts.pair_moment, rank, len(facts))["ndcg@10"]
+    ids, user = np.unique(facts.user, return_inverse=True)
+    return float(np.nanmean(m.per_user(user, found, len(ids))))
 
 
 def fit_rankers(
-    names: tuple[str, ...], predictor: Predictor, count: FloatArray, recent: FloatArray, train: WindowCache, valid: WindowCache
-) -> dict[str, tuple[Ranker, dict[str, float]]]:
-    """Fit the named baselines, each tuned on valid NDCG@10 over its grid -> name: (ranker, what was chosen)."""
-    matrix = interactions_of(train, predictor.schema.n_items)
-    out: dict[str, tuple[Ranker, dict[str, float]]] = {}
+    names: tuple[str, ...],
+    predictor: Predictor,
+    catalogue: dict[str, FloatArray],
+    train: WindowCache,
+    valid: WindowCache,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, Fitted], dict[str, str]]:
+    """Fit the named ranking baselines -> (what was fitted, name -> why it was skipped).
+
+    catalogue: `count` and `recent_count` of every item.
+    """
+    n, batch, seed = predictor.schema.n_items, predictor.config.evaluation.batch_windows, predictor.config.seed
+    matrix, users = interactions_of(train, n)
+    out: dict[str, Fitted] = {}
+    skipped: dict[str, str] = {}
+    make: dict[str, Callable[..., System]] = {
+        "itemknn": lambda k: ItemKNN(matrix, k),
+        "ease": lambda regularisation: EASE(matrix, regularisation),
+        "ials": lambda **chosen: IALS(matrix, seed=seed, **chosen),
+        "bpr": lambda **chosen: BPR(matrix, users, seed=seed, **chosen),
+    }
     for name in names:
+        count, recent = catalogue["count"], catalogue["recent_count"]
         if name == "popularity":
-            out[name] = (Popularity(count.astype(np.float32)), {})
+            out[name] = Fitted(Popularity(count.astype(np.float32)), {})
         elif name == "popularity_recent":
-            out[name] = (Popularity((recent + count * 1e-6).astype(np.float32)), {})
-        else:
-            make = ItemKNN if name == "itemknn" else EASE
-            tried: list[tuple[float, float, Ranker]] = []
-            for value in GRIDS[name]:
-                ranker = make(matrix, value)  # type: ignore[arg-type]
-                tried.append((float(np.nanmean(evaluate_ranker(ranker, predictor, valid)["ndcg@10"])), value, ranker))
+            out[name] = Fitted(Popularity((recent + count * 1e-6).astype(np.float32)), {})
+        elif name in ("itemknn", "ease") and n > MAX_DENSE_ITEMS:
+            skipped[name] = f"{n} items by {n} items do not fit memory; it is fitted up to {MAX_DENSE_ITEMS}"
+        elif name in make:
+            progress(f"tuning {name}: {len(GRIDS[name])} tries on valid")
+            tried: list[tuple[float, dict[str, Any], System]] = []
+            for chosen in GRIDS[name]:
+                system = make[name](**chosen)
+                tried.append((valid_ndcg(system, predictor, valid, batch), chosen, system))
             best = max(tried, key=lambda t: t[0])
-            out[name] = (best[2], {"k" if name == "itemknn" else "regularisation": best[1]})
-    return out
-
-
-def similar_items_hit(similarity: NDArray[np.float32], predictor: Predictor, cache: WindowCache) -> dict[str, float]:
-    """hit@10 of co-occurrence neighbours of the last history item, seen items removed: ItemKNN on the similarity task."""
-    encoded, target, row, last = moments_of(predictor, cache, np.arange(len(cache)))
-    positive = cache.columns["target_positive"][target].astype(bool)
-    usable = np.flatnonzero(last >= 0)
-    if not len(usable):
-        return {}
-    banned = [np.union1d(encoded.seen[i], last[i]) for i in usable]
-    found, _ = top_k(mask_items(torch.from_numpy(similarity[last[usable]].copy()), banned), 10)
-    place = {int(u): i for i, u in enumerate(usable)}
-    hits: dict[int, float] = {}
-    items = found.numpy()
-    for r, i in zip(row[positive], cache.columns["target_item"][target][positive], strict=True):
-        if int(r) in place:
-            hits[int(r)] = max(hits.get(int(r), 0.0), float(i in items[place[int(r)]]))
-    return {"hit@10": float(np.mean(list(hits.values()))), "n": float(len(hits))}
-
-
-def mean_baselines(predictor: Predictor, train: WindowCache, test: WindowCache) -> dict[str, dict[str, dict[str, float]]]:
-    """item_mean and user_mean for pointwise tasks, majority for profiles."""
-    out: dict[str, dict[str, dict[str, float]]] = {"item_mean": {}, "user_mean": {}, "majority": {}}
-    t, t_length = train.gather("target", np.arange(len(train)))
-    e, e_length = test.gather("target", np.arange(len(test)))
-    codes = {u: i for i, u in enumerate(dict.fromkeys(train.user_ids.to_pylist()))}
-    train_user = np.repeat([codes[u] for u in train.user_ids.to_pylist()], t_length)
-    test_user = np.repeat([codes.get(u, -1) for u in test.user_ids.to_pylist()], e_length)
-    train_item, test_item = train.columns["target_item"][t], test.columns["target_item"][e]
-    for name, task in predictor.config.tasks.items():
-        if isinstance(task, RegressionTask | BinaryTask):
-            y = train.columns[f"label_{task.label}"][t].astype(np.float64)
-            label = test.columns[f"label_{task.label}"][e].astype(np.float64)
-            keep = ~np.isnan(label)
-            for kind, known, wanted, size in (
-                ("item_mean", train_item, test_item, predictor.schema.n_items),
-                ("user_mean", train_user, test_user, len(codes)),
-            ):
-                points = m.Points(label[keep], _means(known, y, wanted, size)[keep])
-                out[kind][name] = m.regression_summary(points) if task.kind == "regression" else m.binary_summary(points)
-        elif isinstance(task, ProfileTask):
-            out["majority"][name] = _majority(predictor, task, train, test)
-    return out
-
-
-def _means(known: IntArray, y: FloatArray, wanted: IntArray, size: int) -> FloatArray:
-    valid = ~np.isnan(y)
-    total = np.bincount(known[valid], weights=y[valid], minlength=size)
-    count = np.bincount(known[valid], minlength=size)
-    overall = float(y[valid].mean())
-    mean = np.where(count > 0, total / np.maximum(count, 1), overall)
-    return np.where(wanted >= 0, mean[np.maximum(wanted, 0)], overall)
-
-
-def _majority(predictor: Predictor, task: ProfileTask, train: WindowCache, test: WindowCache) -> dict[str, float]:
-    evaluation = predictor.config.evaluation
-    masked = (*evaluation.profile_folds_test, evaluation.profile_fold_valid)
-    column = f"profile_{task.attribute}"
-    seen = train.columns[column][(~np.isin(train.columns["fold"], masked)) & (train.columns["window"] == 0)]
-    classes = next(a.classes for a in predictor.schema.attributes if a.name == task.attribute)
-    share = np.bincount(seen[seen >= 0], minlength=len(classes)).astype(np.float64)
-    judged = np.isin(test.columns["fold"], evaluation.profile_folds_test) & (test.columns[column] >= 0)
-    _, first = np.unique(np.array(test.user_ids.to_pylist(), dtype=object)[judged], return_index=True)
-    label = test.columns[column][judged][first].astype(np.int64)
-    return m.class_summary(label, np.tile(share / max(share.sum(), 1), (len(label), 1)))
+            out[name] = Fitted(best[2], best[1], len(tried))
+    return out, skipped

@@ -1,9 +1,11 @@
-"""evaluate: the distributed runner. Ray Data actors measure the test moments; the driver sums up and reports."""
+"""evaluate: the distributed runner. Ray Data actors measure parts of the test moments; the driver merges and reports."""
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,95 +14,183 @@ import torch
 
 from mtrec_ray import bundle, runtime, storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.evaluation import baselines as b
-from mtrec_ray.evaluation import metrics as m
-from mtrec_ray.evaluation.evaluate import Records, evaluate_windows, summarise
+from mtrec_ray.evaluation.baselines import RANKERS, Fitted, fit_rankers
+from mtrec_ray.evaluation.evaluate import (
+    MODEL,
+    EvaluationError,
+    Reduced,
+    compare_with_baselines,
+    evaluate_part,
+    intervals_of,
+    merge_reduced,
+    unmeasured,
+)
+from mtrec_ray.evaluation.measure import Model, System
+from mtrec_ray.evaluation.reduce import WHOLE, Summary, points_of, summarise
+from mtrec_ray.evaluation.statistics import Resampler
+from mtrec_ray.evaluation.task_baselines import fit_task_baselines
+from mtrec_ray.predictor import Predictor
 from mtrec_ray.training.feed import WindowCache
 
 log = logging.getLogger(__name__)
 
 
-class EvaluationError(ValueError):
-    """An evaluation that would give no honest number."""
-
-
 class _Actor:
-    """One predictor per actor; a row is a part of the split's windows."""
+    """One predictor per actor; a row is a part of the split, which holds whole users."""
 
-    def __init__(self, bundle_prefix: str, batch_windows: int) -> None:
+    def __init__(self, bundle_prefix: str, baselines: Any, resampler: Resampler) -> None:
         torch.set_num_threads(1)
-        self.predictor, self.batch_windows = bundle.load(bundle_prefix, verify=False), batch_windows
+        self.predictor = bundle.load(bundle_prefix, verify=False)
+        self.systems: dict[str, System] = {MODEL: Model(self.predictor), **ray.get(baselines[0])}
+        self.resampler = resampler
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         cache = WindowCache.from_table(storage.read_table(row["part"]))
-        return {"records": pickle.dumps(evaluate_windows(self.predictor, cache, np.arange(len(cache)), self.batch_windows))}
+        known = set(storage.read_table(row["train"], ["user_id"])["user_id"].to_pylist()) if row["train"] else set()
+        folds = self.predictor.config.evaluation.profile_folds_test
+        found = evaluate_part(self.systems, self.predictor, cache, known, self.resampler, folds)
+        return {"part": row["part"], "found": pickle.dumps(found)}
 
 
-def measure(config: RunConfig, data: storage.Directory, bundle_prefix: str, split: str) -> Records:
-    """Records of a whole split, measured by Ray Data actors part by part."""
+def measure_split(
+    data: storage.Directory,
+    bundle_prefix: str,
+    split: str,
+    baselines: dict[str, System],
+    resampler: Resampler,
+    blocks: int | None = None,
+) -> Reduced:
+    """Statistics of a whole split, measured by Ray Data actors part by part and merged in the order of the parts, so
+    that the number of blocks in flight changes no digit."""
     parts = storage.list_files(data.path("windows", split), ".parquet")
-    dataset = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=len(parts)).map(
+    there = set(storage.list_files(data.path("windows", "train"), ".parquet"))
+    rows = []
+    for part in parts:
+        train = part.replace(f"/windows/{split}/", "/windows/train/")
+        rows.append({"part": part, "train": train if train in there else ""})
+    kept = ray.put(baselines)
+    dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(parts))).map(
         _Actor,
-        fn_constructor_args=(bundle_prefix, config.evaluation.batch_windows),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(len(parts), 2)),
+        fn_constructor_args=(bundle_prefix, [kept], resampler),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=blocks or max(1, min(len(parts), 2))),
     )
-    return Records.merge([pickle.loads(r["records"]) for r in runtime.collect(dataset, f"evaluate: {split}, parts", len(parts))])
+    found = runtime.collect(dataset, f"evaluate: {split}, parts", len(parts))
+    return merge_reduced([pickle.loads(r["found"]) for r in sorted(found, key=lambda r: str(r["part"]))])
 
 
-def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str) -> dict[str, Any]:
-    """Test metrics of model and baselines, slices and the paired comparison -> the content of metrics.json.
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
 
-    Raises EvaluationError when the split has no test targets.
+    metrics: dict[str, Any]
+    """The content of metrics.json."""
+    slices: dict[str, Any]
+    """System -> slice -> task -> metric -> value, of baselines too."""
+    resamples: bytes
+    """npz: `slice|task|metric` -> (R,) values of the model, for `jobs.compare`."""
+    curves: bytes
+    """npz: `system|task|confusion` and `system|task|calibration` of the data as they are."""
+
+
+def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str) -> Evaluation:
+    """Test metrics of model and baselines with intervals, slices and the paired comparison.
+
+    Raises EvaluationError when the split has no test targets, BrokenScoresError when the model's numbers are none.
     """
     predictor = bundle.load(bundle_prefix)
-    train, valid, test = (WindowCache.from_table(storage.read_table(data.path("windows", s))) for s in ("train", "valid", "test"))
-    if not len(test):
+    tests = storage.list_files(data.path("windows", "test"), ".parquet")
+    if not any(len(storage.read_table(p, ["window"])) for p in tests):
         raise EvaluationError(f"protocol {config.data.protocol} leaves no test targets; nothing can be evaluated")
-    records = measure(config, data, bundle_prefix, "test")
-    folds = config.evaluation.profile_folds_test
-    model = summarise(predictor, records, folds)
-    log.info("evaluate: model %s", model[config.retrieval_task])
+    baselines, skipped = _fit(config, data, predictor)
+    resampler = Resampler(config.evaluation.bootstrap, config.evaluation.seed)
+    reduced = measure_split(data, bundle_prefix, "test", {n: f.system for n, f in baselines.items()}, resampler)
+    return report_numbers(config, data, predictor, reduced, baselines, skipped, resampler)
 
-    catalogue = storage.read_table(data.path("catalogue.parquet"), ["count", "recent_count"])
-    count, recent = (catalogue[c].to_numpy().astype(np.float64) for c in ("count", "recent_count"))
-    rankers = b.fit_rankers(config.evaluation.baselines, predictor, count, recent, train, valid)
-    retrieval = config.retrieval_task
-    # baselines see the same moments in the cache's order; the model's records may come in another: compare by user
-    _, order = np.unique(np.array(test.user_ids.to_pylist(), dtype=object), return_inverse=True)
-    _, model_order = np.unique(records.user, return_inverse=True)
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    per_user: dict[str, Any] = {}
-    for name, (ranker, chosen) in rankers.items():
-        per_moment = b.evaluate_ranker(ranker, predictor, test)
-        results[name] = {retrieval: m.ranking_summary(order, per_moment) | chosen}
-        per_user[name] = m.user_means(order, per_moment["ndcg@10"])
-        similarity = next((n for n, t in config.tasks.items() if t.kind == "similarity"), None)
-        if similarity is not None and isinstance(ranker, b.ItemKNN):
-            results[name][similarity] = b.similar_items_hit(ranker.similarity, predictor, test)
-    results |= {k: v for k, v in b.mean_baselines(predictor, train, test).items() if v}
 
-    comparison: dict[str, Any] = {}
-    if per_user and config.evaluation.bootstrap:
-        best = max(per_user, key=lambda n: results[n][retrieval]["ndcg@10"])
-        mine = m.user_means(model_order, records.retrieval["ndcg@10"])
-        comparison = {"metric": "ndcg@10", "baseline": best, "level": 0.95, "resamples": config.evaluation.bootstrap}
-        comparison |= m.paired_bootstrap(mine, per_user[best], config.evaluation.bootstrap, config.seed)
+def _fit(config: RunConfig, data: storage.Directory, predictor: Predictor) -> tuple[dict[str, Fitted], dict[str, str]]:
+    train, valid = (WindowCache.from_table(storage.read_table(data.path("windows", s))) for s in ("train", "valid"))
+    table = storage.read_table(data.path("catalogue.parquet"), ["count", "recent_count"])
+    catalogue = {c: table[c].to_numpy().astype(np.float64) for c in table.column_names}
 
-    known = set(train.user_ids.to_pylist())
-    cold_user = np.array([u not in known for u in records.user], dtype=bool)
-    masks = {"cold_user": cold_user, "warm_user": ~cold_user, "cold_item": records.slices["cold_item"]}
-    slices = {
-        name: {"moments": int(mask.sum()), **{t: s for t, s in summarise(predictor, records, folds, mask).items() if s}}
-        for name, mask in masks.items()
+    def progress(text: str) -> None:
+        log.info("evaluate: %s", text)
+
+    wanted = tuple(n for n in config.evaluation.baselines if n in RANKERS)
+    if not len(valid):
+        raise EvaluationError(f"protocol {config.data.protocol} leaves no valid targets; baselines cannot be tuned")
+    baselines, skipped = fit_rankers(wanted, predictor, catalogue, train, valid, progress)
+    if "tasks" in config.evaluation.baselines:
+        baselines |= fit_task_baselines(predictor, train, valid, progress)
+    for name, why in skipped.items():
+        log.warning("evaluate: baseline %s skipped: %s", name, why)
+    return baselines, skipped
+
+
+def report_numbers(
+    config: RunConfig,
+    data: storage.Directory,
+    predictor: Predictor,
+    reduced: Reduced,
+    baselines: dict[str, Fitted],
+    skipped: dict[str, str],
+    resampler: Resampler,
+) -> Evaluation:
+    """Merged statistics -> everything that is written down."""
+    tasks = dict(config.tasks)
+    none = Resampler()
+    slices: dict[str, dict[str, Summary]] = {
+        name: {s: summarise(found, tasks, resampler if name == MODEL or s == WHOLE else none) for s, found in parts.items()}
+        for name, parts in reduced.items()
     }
-    return {
+    overall = {name: parts[WHOLE] for name, parts in slices.items()}
+    missing = unmeasured(overall[MODEL], tasks)
+    for task, why in missing.items():
+        log.warning("evaluate: task %s is not measured: %s", task, why)
+    plain = {n: {s: {t: v for t, v in points_of(x).items() if v} for s, x in parts.items()} for n, parts in slices.items()}
+    empty: dict[str, Any] = {"cold_user": {"moments": 0}, "cold_item": {"moments": 0}}
+    metrics = {
         "protocol": config.data.protocol,
         "same_time": config.data.same_time,
         "exclude_seen": config.data.exclude_seen,
         "test_sha256": data.manifest["test_sha256"],
+        "data": data.manifest["inputs"],
         "bundle": predictor.fingerprint,
-        "model": model,
-        "baselines": results,
-        "comparison": comparison,
-        "slices": slices,
+        "model": points_of(overall[MODEL]),
+        "intervals": intervals_of(overall[MODEL]),
+        "unmeasured": missing,
+        "baselines": {n: plain[n][WHOLE] for n in baselines},
+        "baseline_intervals": {n: intervals_of(overall[n]) for n in baselines},
+        "tuning": {n: {"chosen": f.chosen, "tries": f.tries} for n, f in baselines.items()},
+        "skipped": skipped,
+        "comparison": compare_with_baselines(overall, config.retrieval_task, config.evaluation.bootstrap),
+        "slices": empty
+        | {
+            s: {"moments": _moments(reduced[MODEL][s].sums, config.retrieval_task), **plain[MODEL][s]}
+            for s in slices[MODEL]
+            if s != WHOLE
+        },
     }
+    resamples = {
+        f"{s}|{t}|{n}": v.astype(np.float32) for s, x in slices[MODEL].items() for t, found in x.items() for n, v in found.items()
+    }
+    curves = {}
+    for name, parts in reduced.items():
+        for key, value in parts[WHOLE].sums.items():
+            task, _, kind = key.partition("/")
+            if kind in ("confusion", "calibration"):
+                curves[f"{name}|{task}|{kind}"] = value[0]
+            elif kind == "exposure":
+                curves[f"{name}|{task}|{kind}"] = value
+    log.info("evaluate: model %s", metrics["model"].get(config.retrieval_task))
+    return Evaluation(metrics, plain, _npz(resamples), _npz(curves))
+
+
+def _moments(sums: dict[str, Any], retrieval: str) -> int:
+    found = sums.get(f"{retrieval}/moments")
+    return 0 if found is None else int(found[0])
+
+
+def _npz(arrays: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
 from mtrec_ray.encoders.cache import load_text_vectors
-from mtrec_ray.evaluation.evaluate import Records, evaluate_windows, summarise
+from mtrec_ray.evaluation.evaluate import quick_metrics, quick_statistics
+from mtrec_ray.evaluation.statistics import Statistics
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.schema import LogSchema
@@ -47,16 +48,18 @@ def build_feed(config: RunConfig, schema: LogSchema, cache: WindowCache, rank: i
 
 
 def valid_evaluator(config: RunConfig, schema: LogSchema, catalogue: pa.Table, cache: WindowCache) -> Any:
-    """model -> metrics on valid: each rank measures its share of the moments, all ranks see the whole."""
+    """model -> metrics on valid: each rank measures its share of the users, all ranks see the whole."""
+    codes = cache.user_ids.dictionary_encode().indices.to_numpy().astype(np.int64)
+    share = codes * distributed.world_size() // (codes.max(initial=0) + 1)
+    mine = np.flatnonzero(share == distributed.rank())
+    folds = (config.evaluation.profile_fold_valid,)
 
     def evaluate(model: Recommender) -> Metrics:
         with torch.no_grad():
             item_vec_ND = model.item_vectors().cpu()
         predictor = Predictor(config, schema, catalogue, model.cpu(), item_vec_ND, fingerprint="training")
-        mine = np.array_split(np.arange(len(cache)), distributed.world_size())[distributed.rank()]
-        records = evaluate_windows(predictor, cache, mine, config.evaluation.batch_windows)
-        whole = Records.merge(distributed.gather_objects(records))
-        return summarise(predictor, whole, (config.evaluation.profile_fold_valid,))
+        statistics = quick_statistics(predictor, cache, mine, folds)
+        return quick_metrics(predictor, Statistics.merge(distributed.gather_objects(statistics)))
 
     return evaluate
 

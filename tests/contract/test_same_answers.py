@@ -19,7 +19,7 @@ import pytest
 from jobs.serve import YAML
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig, parse_config
-from mtrec_ray.evaluation.evaluate import evaluate_windows
+from mtrec_ray.evaluation.measure import Model, measure
 from mtrec_ray.scoring.batch import score
 from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.training.feed import WindowCache
@@ -62,7 +62,7 @@ def client(ray_cluster: Any, run: tuple[Path, RunConfig]) -> Iterator[httpx.Clie
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {n: {"ray_actor_options": {"num_cpus": 0.1}} for n in ("Ingress", "StateEncoder", "Retrieval", "Heads")}
-    serve.run(build(Args(run=str(run[0])), options), name="contract", route_prefix="/")
+    serve.run(build(Args(run=str(run[0]), options=options)), name="contract", route_prefix="/")
     assert YAML.exists()
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as c:
         yield c
@@ -119,9 +119,11 @@ def test_evaluation_ranks_are_the_places_in_the_batch_lists(
     folder, _ = run
     predictor, data = bundle.load(str(folder / "bundle")), storage.Directory(str(folder / "data"))
     test = WindowCache.from_table(storage.read_table(data.path("windows", "test")))
-    records = evaluate_windows(predictor, test, np.arange(len(test)), 7)
+    facts, answers = measure({"model": Model(predictor)}, predictor, test, np.arange(len(test)), 7)
+    final_rank = answers["model"].final_rank
+    assert final_rank is not None
     checked = 0
-    for place, user in enumerate(records.user):
+    for place, user in enumerate(facts.user):
         target = [
             predictor.item_ids[i]
             for i, p in zip(
@@ -135,7 +137,7 @@ def test_evaluation_ranks_are_the_places_in_the_batch_lists(
             continue
         listed = [r["item_id"] for r in batch[user]]
         best = min([listed.index(t) + 1 for t in target if t in listed], default=None)
-        found = 1 / records.final["mrr"][place]
+        found = final_rank[facts.pair_moment == place].min()
         scores = [r["score"] for r in batch[user]]
         if best is None:
             assert found > K or scores[-1] == pytest.approx(scores[K - 1])

@@ -160,7 +160,7 @@ def test_wrong_type_is_refused_with_its_path_and_what_was_found(path: str, value
         ("data.interactions.format", "xml", "recbole"),
         ("data.time_unit", "h", "'ns'"),
         ("data.same_time", "shuffle", "group"),
-        ("data.protocol", "random", "leave_one_out"),
+        ("data.protocol", "yearly", "leave_one_out"),
         ("data.labels.rating.kind", "ordinal", "binary"),
         ("data.unknown_items", "drop", "quarantine"),
         ("balancing.kind", "magic", "uncertainty"),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
@@ -123,8 +123,8 @@ def test_moments_may_come_in_any_order() -> None:
 
 def test_a_moment_without_a_relevant_item_has_no_number() -> None:
     out = m.ranking_metrics(ints(1), ints(1), 3)
-    for value in out.values():
-        assert np.isnan(value).tolist() == [True, False, True] and value[1] == 1
+    for name, value in out.items():
+        assert np.isnan(value).tolist() == [True, False, True] and value[1] == (0.1 if name == "precision@10" else 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -143,119 +143,74 @@ def test_ndcg_is_that_of_scikit_learn(n: int, data: st.DataObject) -> None:
     assert out["mrr"][0] == pytest.approx(1 / (1 + np.flatnonzero(truth[best])[0]))
 
 
-def test_metrics_average_per_user_first() -> None:
-    # user 7 has three moments of value 1, user 2 one of value 0: the mean over users is 1/2, over moments 3/4
-    user, value = ints(7, 7, 2, 7), floats(1, 1, 0, 1)
-    assert sorted(m.user_means(user, value).tolist()) == [0, 1]
-    out = m.ranking_summary(user, {"ndcg@10": value, "mrr": value})
-    assert out == {"ndcg@10": 0.5, "mrr": 0.5, "n": 2, "moments": 4}
+def test_means_of_users_leave_out_moments_without_a_number() -> None:
+    user, value = ints(0, 0, 2, 0, 3), floats(1, 0.5, 0.25, np.nan, np.nan)
+    np.testing.assert_array_equal(m.per_user(user, value, 4), [0.75, np.nan, 0.25, np.nan])
 
 
-def test_a_moment_without_a_number_leaves_its_users_mean_alone() -> None:
-    user, value = ints(0, 0, 1, 2), floats(1, np.nan, 0.5, np.nan)
-    assert m.user_means(user, value).tolist() == [1, 0.5]
-    assert m.ranking_summary(user, {"mrr": value}) == {"mrr": 0.75, "n": 2, "moments": 2}
+moments = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5, unique=True), min_size=1, max_size=6)
 
 
-@pytest.mark.filterwarnings("error")
-def test_nothing_to_measure_gives_no_number() -> None:
-    nothing = m.ranking_metrics(ints(), ints(), 0)
-    assert m.ranking_summary(ints(), nothing) == {}
-    assert m.ranking_summary(ints(0, 1), m.ranking_metrics(ints(), ints(), 2)) == {}
-    assert m.ranking_summary(ints(), {}) == {}
-    empty = m.Points(floats(), floats())
-    assert m.regression_summary(empty) == {} and m.binary_summary(empty) == {}
-    assert m.class_summary(ints(), np.zeros((0, 3))) == {}
+@settings(max_examples=60, deadline=None)
+@given(ranks=moments)
+def test_ranking_metrics_are_those_of_torchmetrics(ranks: list[list[int]]) -> None:
+    from torchmetrics.functional import retrieval as tm
+
+    moment = np.repeat(np.arange(len(ranks)), [len(r) for r in ranks])
+    out = m.ranking_metrics(moment, np.concatenate([np.array(r) for r in ranks]), len(ranks))
+    for i, mine in enumerate(ranks):
+        target = torch.zeros(50, dtype=torch.bool)
+        target[[r - 1 for r in mine]] = True
+        score = torch.arange(50, 0, -1, dtype=torch.float32)
+        expected = {
+            "hr@10": tm.retrieval_hit_rate(score, target, top_k=10),
+            "recall@10": tm.retrieval_recall(score, target, top_k=10),
+            "recall@20": tm.retrieval_recall(score, target, top_k=20),
+            "precision@10": tm.retrieval_precision(score, target, top_k=10),
+            "ndcg@10": tm.retrieval_normalized_dcg(score, target, top_k=10),
+            "mrr": tm.retrieval_reciprocal_rank(score, target),
+            "map": tm.retrieval_average_precision(score, target),
+        }
+        assert {n: out[n][i] for n in m.RANKING} == pytest.approx({n: float(v) for n, v in expected.items()}, abs=1e-6)
 
 
-# --------------------------------------------------------------------------- pointwise tasks and profiles
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), values=st.integers(2, 6))
+def test_auc_within_users_is_that_of_scikit_learn(seed: int, values: int) -> None:
+    from sklearn.metrics import roc_auc_score
 
-
-def test_errors_of_a_regression_by_hand() -> None:
-    out = m.regression_summary(m.Points(floats(1, 2, 5), floats(2, 2, 2)))
-    assert out == pytest.approx({"rmse": math.sqrt(10 / 3), "mae": 4 / 3, "n": 3})
-
-
-def test_logloss_and_auc_by_hand() -> None:
-    out = m.binary_summary(m.Points(floats(1, 0, 1, 0), floats(0.8, 0.6, 0.4, 0.2)))
-    # of four (positive, negative) pairs three are in order
-    assert out["auc"] == 0.75 and out["n"] == 4
-    assert out["logloss"] == pytest.approx(-(math.log(0.8) + math.log(0.4) + math.log(0.4) + math.log(0.8)) / 4)
-
-
-def test_equal_predictions_have_an_auc_of_one_half() -> None:
-    assert m.binary_summary(m.Points(floats(1, 0, 0), floats(0.3, 0.3, 0.3)))["auc"] == 0.5
-
-
-@pytest.mark.parametrize("label", [0.0, 1.0])
-def test_there_is_no_auc_with_a_single_class(label: float) -> None:
-    out = m.binary_summary(m.Points(floats(label, label), floats(0.5, 0.25)))
-    assert set(out) == {"logloss", "n"} and out["n"] == 2
-    p = [0.5, 0.25] if label else [0.5, 0.75]
-    assert out["logloss"] == pytest.approx(-(math.log(p[0]) + math.log(p[1])) / 2)
-
-
-def test_a_certain_and_wrong_prediction_costs_much_but_is_finite() -> None:
-    assert m.binary_summary(m.Points(floats(1), floats(0)))["logloss"] == pytest.approx(-math.log(1e-7), rel=1e-3)
-
-
-def test_accuracy_and_macro_f1_by_hand() -> None:
-    probability = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.6, 0.3, 0.1], [0.2, 0.7, 0.1]])  # guesses 0, 1, 0, 1
-    out = m.class_summary(ints(0, 1, 1, 1), probability)
-    # class 0: precision 1/2, recall 1, F1 2/3; class 1: precision 1, recall 2/3, F1 4/5; class 2 does not occur
-    assert out == pytest.approx({"accuracy": 3 / 4, "macro_f1": (2 / 3 + 4 / 5) / 2, "n": 4})
-
-
-def test_a_class_that_is_never_guessed_counts_as_zero() -> None:
-    out = m.class_summary(ints(0, 0, 0, 1), np.tile([0.9, 0.1], (4, 1)))
-    assert out["accuracy"] == 0.75
-    assert out["macro_f1"] == pytest.approx((6 / 7 + 0) / 2)
-
-
-def test_profiles_have_an_auc_with_two_classes_alone() -> None:
-    two = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3]])
-    assert m.class_summary(ints(0, 1, 0), two)["auc"] == 1.0
-    assert m.class_summary(ints(1, 0, 0), two)["auc"] == 0.0
-    assert "auc" not in m.class_summary(ints(1, 1, 1), two)
-    assert "auc" not in m.class_summary(ints(0, 1, 0), np.column_stack([two * 0.9, np.full(3, 0.1)]))
-
-
-# --------------------------------------------------------------------------- bootstrap
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 1000), n=st.integers(5, 60))
-def test_the_interval_contains_the_mean_difference(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)
-    a, b = rng.random(n), rng.random(n)
-    assume(np.ptp(a - b) > 0)
-    out = m.paired_bootstrap(a, b, 200, seed)
-    assert out["low"] < out["difference"] < out["high"]
-    assert out["difference"] == pytest.approx(a.mean() - b.mean())
-    assert out["users"] == n
+    user, label = rng.integers(0, 5, 40), rng.random(40) < 0.4
+    prediction = rng.integers(0, values, 40) / values  # many ties
+    out = m.user_auc(user, label, prediction, 6)
+    for u in range(6):
+        mine = user == u
+        if 0 < label[mine].sum() < mine.sum():
+            assert out[u] == pytest.approx(roc_auc_score(label[mine], prediction[mine]))
+        else:
+            assert np.isnan(out[u])
 
 
-def test_no_difference_has_an_interval_of_zero() -> None:
-    a = np.random.default_rng(0).random(20)
-    assert m.paired_bootstrap(a, a, 50, 0) == {"difference": 0, "low": 0, "high": 0, "users": 20}
+def test_lists_by_hand() -> None:
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    share = np.array([0.5, 0.25, 0.125, 0.125])
+    top = np.array([[0, 1, -1], [0, 2, 3], [3, -1, -1], [-1, -1, -1]])
+    out = m.list_metrics(top, vectors, share, floats(0.25, np.nan, 0.5, 0.5))
+    # self-information: 1, 2, 3, 3 bits; cosines of the second list: 1, -1, -1
+    np.testing.assert_allclose(out["novelty@10"], [1.5, 7 / 3, 3, np.nan])
+    np.testing.assert_allclose(out["diversity@10"], [1, 1 + 1 / 3, np.nan, np.nan])
+    np.testing.assert_allclose(out["popularity_lift@10"], [0.375 / 0.25 - 1, np.nan, 0.125 / 0.5 - 1, np.nan])
 
 
-def test_users_are_compared_in_pairs() -> None:
-    a = floats(0.1, 0.5, 0.9)
-    out = m.paired_bootstrap(a + 0.1, a, 50, 0)  # each user gains the same, so there is nothing to doubt
-    assert [out["low"], out["difference"], out["high"]] == pytest.approx([0.1, 0.1, 0.1])
+def test_gini_is_zero_for_equal_exposure_and_large_for_one_item() -> None:
+    assert m.gini(floats(3, 3, 3, 3)) == pytest.approx(0)
+    assert m.gini(floats(0, 0, 0, 8)) == pytest.approx(3 / 4)
+    assert m.gini(floats(1, 3)) == pytest.approx(1 / 4)
+    assert np.isnan(m.gini(floats(0, 0)))
 
 
-def test_the_interval_is_about_two_standard_errors_wide() -> None:
-    difference = np.random.default_rng(1).normal(0, 1, 400)
-    out = m.paired_bootstrap(difference, np.zeros(400), 2000, 0)
-    assert out["high"] - out["low"] == pytest.approx(2 * 1.96 * difference.std() / 20, rel=0.08)
-
-
-def test_the_bootstrap_depends_on_its_seed_alone() -> None:
-    a, b = np.random.default_rng(2).random((2, 30))
-    np.random.seed(0)
-    first = m.paired_bootstrap(a, b, 100, 1)
-    np.random.seed(1)
-    assert m.paired_bootstrap(a, b, 100, 1) == first
-    assert m.paired_bootstrap(a, b, 100, 2)["low"] != first["low"]
+def test_numbers_that_are_none_are_refused() -> None:
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(m.BrokenScoresError, match="scores contain NaN or infinity"):
+            m.check_finite(torch.tensor([1.0, value]), "scores")
+    m.check_finite(torch.full((3,), 3e38), "scores")  # the sum overflows, the numbers are numbers

@@ -1,0 +1,149 @@
+"""Mergeable statistics: everything that an evaluation keeps is a sum or a list of scored labels.
+
+Parts of a split (whole users each) are measured anywhere and merged in the order of the parts, so a metric does not
+depend on how many blocks or ranks were at work. The bootstrap over users is a mergeable statistic too: resample b
+counts user u w(u, b) ~ Poisson(1) times, drawn from a hash of (user, b, seed) (the Poisson bootstrap of Chamandy et
+al. 2012, "Estimating uncertainty for massive data streams"). Two runs with the same seed draw the same weights, so
+the difference of their resamples is the paired bootstrap.
+
+R stands for 1 + resamples; row 0 is the data as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+HashArray = NDArray[np.uint64]
+
+_POISSON = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(12)])
+
+
+def user_hash(user_ids: NDArray[np.object_]) -> HashArray:
+    """SipHash of each id: names a user in the bootstrap."""
+    return pd.util.hash_array(np.asarray(user_ids, dtype=object), hash_key="mtrec_bootstrap!", categorize=False)
+
+
+def _mix(z: HashArray) -> HashArray:
+    """splitmix64's finaliser (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Resampler:
+    """Bootstrap weights of users."""
+
+    resamples: int = 0
+    seed: int = 0
+
+    def weights(self, users: HashArray) -> NDArray[np.float32]:
+        """Hashes of U users -> weight_UR; column 0 is 1."""
+        out = np.ones((len(users), 1 + self.resamples), np.float32)
+        with np.errstate(over="ignore"):
+            stream = _mix(np.arange(1, 1 + self.resamples, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(self.seed))
+        for start in range(0, len(users), 1024):
+            block = users[start : start + 1024]
+            uniform = (_mix(block[:, None] ^ stream[None, :]) >> np.uint64(11)).astype(np.float64) / 2**53
+            out[start : start + 1024, 1:] = np.searchsorted(_POISSON, uniform, side="right")
+        return out
+
+
+@dataclass
+class Scores:
+    """Labels of a pointwise task with their predictions, kept for what needs the order of all (AUC)."""
+
+    label: NDArray[np.bool_]
+    prediction: FloatArray
+    user: HashArray
+
+    def auc(self, resampler: Resampler) -> FloatArray:
+        """Area under the ROC curve per resample, ties count one half (Hanley & McNeil 1982) -> (R,).
+
+        NaN where a class is missing.
+        """
+        R = 1 + resampler.resamples
+        if not len(self.label) or self.label.all() or not self.label.any():
+            return np.full(R, np.nan)
+        order = np.argsort(self.prediction, kind="stable")
+        label, prediction = self.label[order], self.prediction[order]
+        starts = np.flatnonzero(np.concatenate([[True], prediction[1:] != prediction[:-1]]))
+        names, place = np.unique(self.user[order], return_inverse=True)
+        positive, negative = label.astype(np.float64)[:, None], (~label).astype(np.float64)[:, None]
+        out = np.full(R, np.nan)
+        weights = resampler.weights(names)
+        columns = max(1, 4_000_000 // len(label))
+        for begin in range(0, R, columns):
+            w = weights[place, begin : begin + columns].astype(np.float64)
+            up = np.add.reduceat(w * positive, starts)
+            down = np.add.reduceat(w * negative, starts)
+            below = np.cumsum(down, axis=0) - down
+            pairs = up.sum(0) * down.sum(0)
+            won = (up * (below + 0.5 * down)).sum(0)
+            out[begin : begin + columns] = np.divide(won, pairs, out=np.full_like(won, np.nan), where=pairs > 0)
+        return out
+
+
+@dataclass
+class Statistics:
+    """Sums by name (first axis R where they are resampled) and scored labels by name."""
+
+    sums: dict[str, FloatArray] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+    @staticmethod
+    def merge(parts: list[Statistics]) -> Statistics:
+        """Add the sums, join the scores, in the order given."""
+        out = Statistics()
+        for part in parts:
+            for name, value in part.sums.items():
+                out.sums[name] = out.sums[name] + value if name in out.sums else value
+        for name in dict.fromkeys(n for p in parts for n in p.scores):
+            found = [p.scores[name] for p in parts if name in p.scores]
+            out.scores[name] = Scores(
+                np.concatenate([s.label for s in found]),
+                np.concatenate([s.prediction for s in found]),
+                np.concatenate([s.user for s in found]),
+            )
+        return out
+
+    def add_means(self, weight_UR: FloatArray, table: dict[str, tuple[FloatArray, FloatArray]]) -> None:
+        """Means as (Σ w·total, Σ w·count) per resample, merged by addition, never a mean of means.
+
+        table: name -> (total_U, count_U) per user.
+        """
+        if not table:
+            return
+        columns_UF = np.concatenate([np.stack(pair, axis=1) for pair in table.values()], axis=1)
+        live = columns_UF.any(1)
+        sums_RF = weight_UR[live].T @ columns_UF[live]
+        for i, name in enumerate(table):
+            self.sums[name] = sums_RF[:, 2 * i : 2 * i + 2]
+
+    def without_resamples(self) -> Statistics:
+        """The data as they are alone."""
+        kept = {n: v if n == "users" or n.endswith(("/exposure", "/moments")) else v[:1] for n, v in self.sums.items()}
+        return Statistics(kept, self.scores)
+
+    def mean(self, name: str) -> FloatArray:
+        """(R,); NaN where nothing was counted."""
+        total, count = self.sums[name].T
+        return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def interval(values_R: FloatArray, level: float = 0.95) -> tuple[float, float] | None:
+    """Percentile interval of the resamples (Efron & Tibshirani 1993); None where there are too few to say."""
+    resampled = values_R[1:]
+    resampled = resampled[~np.isnan(resampled)]
+    if len(resampled) < 20:
+        return None
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
