@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from mtrec_ray.evaluation import metrics as m
@@ -84,12 +85,15 @@ class IALS(System):
     def __init__(self, interactions: sp.csr_matrix, factors: int, regularisation: float, alpha: float, seed: int) -> None:
         from implicit.cpu.als import AlternatingLeastSquares
 
-        self.model = AlternatingLeastSquares(
-            factors=factors, regularization=regularisation, alpha=alpha, iterations=15, random_state=seed, num_threads=1
-        )
-        self.model.fit(interactions.astype(np.float32), show_progress=False)
+        with threadpool_limits(1, "blas"):  # implicit's own threads and BLAS's would fight
+            self.model = AlternatingLeastSquares(
+                factors=factors, regularization=regularisation, alpha=alpha, iterations=15, random_state=seed, num_threads=1
+            )
+            self.model.fit(interactions.astype(np.float32), show_progress=False)
 
     def scores(self, moments: Moments) -> Tensor:
+        if not self.model.item_factors.flags.writeable:  # shared by Ray; implicit insists on arrays of its own
+            self.model.item_factors = self.model.item_factors.copy()
         user = self.model.recalculate_user(np.arange(len(moments)), moments.visible())
         return torch.from_numpy(np.asarray(user @ self.model.item_factors.T, dtype=np.float32))
 

@@ -30,6 +30,7 @@ def run(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 
     def change(raw: dict[str, Any]) -> None:
         raw["encoder"] = {"model": str(encoder), "batch_size": 8}
+        raw["evaluation"]["baselines"] = ["popularity", "popularity_recent", "itemknn", "ease", "ials", "bpr", "tasks"]
         raw["train"] |= {"epochs": EPOCHS, "patience": EPOCHS, "monitor": "click/auc"}
 
     config = tiny.make_config(folder, change)
@@ -49,7 +50,8 @@ def test_metrics_have_the_promised_form(run: tuple[RunConfig, Path]) -> None:
     assert {"ndcg@10", "hr@10", "recall@10", "recall@20", "mrr"} <= set(model["retrieval"])
     assert {"rmse", "mae"} <= set(model["rating"]) and {"auc", "logloss"} <= set(model["click"])
     assert {"accuracy", "macro_f1"} <= set(model["taste"]) and "hit@10" in model["similar"]
-    rankers, others = {"popularity", "popularity_recent", "itemknn", "ease"}, {"item_mean", "user_mean", "majority", "item_bag"}
+    rankers = {"popularity", "popularity_recent", "itemknn", "ease", "ials", "bpr"}
+    others = {"item_mean", "user_mean", "majority", "item_bag"}
     assert set(metrics["baselines"]) == rankers | others | {"gradient_boosting", "item_vectors"}
     assert set(metrics["timing"]) == set(metrics["peak_rss_mib"]) == set(STAGES)
     assert {"cold_user", "cold_item"} <= set(metrics["slices"])
@@ -172,3 +174,26 @@ def test_a_job_killed_while_it_writes_scores_leaves_the_old_ones(
     assert pq.read_table(out / "scores").equals(before)
     run_stages(parse_config(raw), str(out), ("score",))
     assert not (out / "scores" / "_draft").exists() and os.path.exists(out / "scores" / "_manifest.json")
+
+
+def test_blocks_in_flight_change_no_digit(run: tuple[RunConfig, Path]) -> None:
+    """Two evaluations of one bundle, with 1 and with 4 blocks in flight, are equal to the last bit."""
+    from mtrec_ray.evaluation.runner import measure_split
+    from mtrec_ray.evaluation.statistics import Resampler
+
+    out = run[1]
+    data, prefix = storage.Directory(str(out / "data")), storage.Directory(str(out / "bundle")).prefix
+    one, four = (measure_split(data, prefix, "test", {}, Resampler(30), blocks) for blocks in (1, 4))
+    assert set(one["model"]) == set(four["model"]) and len(one["model"]) > 5
+    for part, statistics in one["model"].items():
+        other = four["model"][part]
+        assert set(statistics.sums) == set(other.sums) and set(statistics.scores) == set(other.scores)
+        assert all(np.array_equal(v, other.sums[n]) for n, v in statistics.sums.items())
+        assert all(np.array_equal(s.prediction, other.scores[n].prediction) for n, s in statistics.scores.items())
+
+
+def test_a_run_compares_with_itself_and_the_gate_holds(run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.compare import main
+
+    assert main([str(run[1]), str(run[1]), "--noninferior", "0.01", "--gate", "click/auc"]) == 0
+    assert "retrieval/ndcg@10" in capsys.readouterr().out
