@@ -5,6 +5,7 @@ Every stage is also a job of its own (`python -m jobs.STAGE`). Where things lie 
     data/ text/ train/    published directories of the first three stages
     bundle/               the bundle; evaluation publishes it
     metrics.json          what evaluation measured, with rows, timing and memory of every stage
+    report.html           the same as a page for people
     evaluation/           resamples, slices and curves behind it (jobs.compare, the report)
     scores/*.parquet      top lists of every user
 """
@@ -62,6 +63,8 @@ class Run:
             storage.write_json(self.path("stages.json"), notes)
         if name in ("evaluate", "score") or not reused:
             self._write_metrics()
+        if name == "evaluate" and not reused:
+            self._write_report()
         log.info("%s: %s in %.1f s, largest process %.0f MiB", name, "reused" if reused else "done", watch.seconds, watch.peak_mib)
 
     def notes(self) -> dict[str, dict[str, float]]:
@@ -155,6 +158,15 @@ class Run:
         metrics["timing"] = {name: note["seconds"] for name, note in notes.items()}
         metrics["peak_rss_mib"] = {name: note["peak_rss_mib"] for name, note in notes.items()}
         storage.write_json(self.path("metrics.json"), metrics)
+
+    def _write_report(self) -> None:
+        """report.html, where what it needs is installed."""
+        try:
+            from mtrec_ray.evaluation.report import write_report
+        except ModuleNotFoundError as error:
+            log.info("evaluate: no report, %s is missing: pip install 'mtrec_ray[report]'", error.name)
+            return
+        log.info("evaluate: wrote %s", write_report(self.out))
 
     def _need(self, directory: storage.Directory, stage: str) -> None:
         if not storage.exists(storage.join(directory.root, "manifest.json")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -67,7 +67,7 @@ def calibration(curves: dict[str, NDArray[np.float64]]) -> str:
         return svg(figure)
 
 
-def confusion(tables: dict[str, tuple[NDArray[np.float64], Sequence[str]]]) -> str:
+def confusion(tables: Mapping[str, tuple[NDArray[np.float64], Sequence[str]]]) -> str:
     """Profile task -> (counts label × guess, names of the classes)."""
     with plt.rc_context(STYLE | {"axes.grid": False}):
         widths = [1.6 + 0.32 * len(names) for _, names in tables.values()]
@@ -117,7 +117,7 @@ def popularity(count: NDArray[np.float64]) -> str:
         return svg(figure)
 
 
-def training(losses: dict[str, Sequence[float]], monitor: str, monitored: tuple[Sequence[float], Sequence[float]]) -> str:
+def training(losses: Mapping[str, Sequence[float]], monitor: str, monitored: tuple[Sequence[float], Sequence[float]]) -> str:
     """Losses per epoch as shares of their first value, and the monitored metric (epochs, values)."""
     with plt.rc_context(STYLE):
         figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.6), sharex=True, height_ratios=(3, 2))

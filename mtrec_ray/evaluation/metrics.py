@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mtrec_ray.retrieval.exact import count_where
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
@@ -17,7 +19,7 @@ LIST = 10
 """Length of the lists behind coverage, novelty, diversity, Gini and popularity lift."""
 EXCLUDED_RANK = 2**40
 """Rank of a target that may not be recommended."""
-RANKING_CUTS = {"hr@10": 10, "recall@10": 10, "recall@20": 20, "precision@10": 10, "ndcg@10": 10}
+RANKING_CUTS = {"hr@10": 10, "recall@10": 10, "recall@20": 20, "recall@100": 100, "precision@10": 10, "ndcg@10": 10}
 RANKING = (*RANKING_CUTS, "mrr", "map")
 LISTS = ("novelty@10", "diversity@10", "popularity_lift@10")
 LOWER_IS_BETTER = frozenset({"rmse", "mae", "logloss", "normalised_entropy", "ece", "gini@10", "popularity_lift@10"})
@@ -53,7 +55,7 @@ def pessimistic_rank(score_BN: torch.Tensor, row: torch.Tensor, item: torch.Tens
             mine = torch.nonzero(place == turn).squeeze(1)
             whole = len(mine) == len(score_BN)  # then the rows need no copy
             scores = score_BN if whole else score_BN[row[mine]]
-            rank[mine] = torch.count_nonzero(scores >= own[mine][:, None], dim=1)
+            rank[mine] = count_where(scores, own[mine], np.greater_equal)
     return torch.where(torch.isneginf(own), EXCLUDED_RANK, rank).numpy()
 
 

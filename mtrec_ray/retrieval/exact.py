@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +23,34 @@ def mask_items(score_BN: Tensor, exclude: Sequence[NDArray[np.integer]]) -> Tens
     return score_BN
 
 
+def count_where(score_BN: Tensor, value_B: Tensor, compare: Callable[..., Any]) -> Tensor:
+    """How many scores of each row compare (np.equal, np.greater_equal) with the row's value -> int64 (B,).
+
+    On a CPU NumPy counts row by row: the comparison stays in cache, which is ten times as fast as torch's.
+    """
+    if score_BN.device.type != "cpu":
+        value_B1 = value_B[:, None]
+        return ((score_BN == value_B1) if compare is np.equal else (score_BN >= value_B1)).sum(1)
+    counts = [np.count_nonzero(compare(row, value)) for row, value in zip(score_BN.numpy(), value_B.numpy(), strict=True)]
+    return torch.tensor(counts, dtype=torch.int64)
+
+
 def top_k(score_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row, ties by position -> (item_BK int64, score_BK), min(k, N) wide.
 
     -inf is no candidate: NONE, -inf.
     """
     k = min(k, score_BN.shape[1])
+    if not k:
+        return torch.zeros(len(score_BN), 0, dtype=torch.int64), score_BN[:, :0]
     score_BK, item_BK = torch.topk(score_BN, k, dim=1)
     item_BK, _ = torch.sort(item_BK, dim=1)
     score_BK = torch.gather(score_BN, 1, item_BK)
     score_BK, order = torch.sort(score_BK, dim=1, descending=True, stable=True)
     item_BK = torch.gather(item_BK, 1, order)
     # where more items than fit share the last score, topk chose among them arbitrarily: take the first ones
-    crowded = (score_BN == score_BK[:, -1:]).sum(1) > (score_BK == score_BK[:, -1:]).sum(1)
+    last_B = score_BK[:, -1]
+    crowded = count_where(score_BN, last_B, np.equal) > count_where(score_BK, last_B, np.equal)
     if crowded.any():
         full_score, full_item = torch.sort(score_BN[crowded], dim=1, descending=True, stable=True)
         score_BK[crowded], item_BK[crowded] = full_score[:, :k], full_item[:, :k]
