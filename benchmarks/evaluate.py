@@ -118,6 +118,7 @@ def main() -> int:
     processes = os.cpu_count() or 1
     each = -(-args.users // processes)
     shares = [(i * each, min(each, args.users - i * each)) for i in range(processes)]
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come, as Ray sets it for its actors
     with multiprocessing.get_context("spawn").Pool(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = pool.map(work, shares)
     ratio = sum(f["bare"] for f in found) / sum(f["evaluated"] for f in found)

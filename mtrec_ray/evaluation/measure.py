@@ -248,15 +248,15 @@ def ask(system: System, moments: Moments, facts: Facts, lists: bool) -> Answers:
     out = Answers(np.ones(len(moments), np.int64))
     score_BN = system.scores(moments)
     if score_BN is not None:
-        m.check_finite(score_BN, "retrieval scores")
         mask_items(score_BN, moments.encoded.seen)
-        row_P, item_P = torch.from_numpy(facts.pair_moment), torch.from_numpy(facts.pair_item)
-        out.rank = m.pessimistic_rank(score_BN, row_P, item_P)
-        out.final_rank = system.final_rank(moments, row_P, item_P, out.rank)
         if lists:
+            found, best_BK = top_k(score_BN, m.LIST)
+            m.check_finite(torch.nan_to_num(best_BK, nan=float("nan"), posinf=float("inf"), neginf=0.0), "retrieval scores")
             out.top = np.full((len(moments), m.LIST), NONE)
-            found = top_k(score_BN, m.LIST)[0].numpy()
-            out.top[:, : found.shape[1]] = found
+            out.top[:, : found.shape[1]] = found.numpy()
+        row_P, item_P = torch.from_numpy(facts.pair_moment), torch.from_numpy(facts.pair_item)
+        out.rank = m.pessimistic_rank(score_BN, row_P, item_P, checked=lists)  # a NaN would have led the list
+        out.final_rank = system.final_rank(moments, row_P, item_P, out.rank)
     out.predictions, out.profiles = system.predictions(moments), system.profiles(moments)
     for name, values in (out.predictions | out.profiles).items():
         m.check_finite(values, f"predictions of {name}")

