@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 def training_fingerprint(config: RunConfig, data: storage.Directory, text: storage.Directory | None) -> str:
     """Fingerprint of everything that the trained weights depend on."""
-    parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train", "evaluation"})
+    folds = {"profile_folds_test", "profile_fold_valid"}  # all of `evaluation` that training looks at
+    parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train"})
+    parts["evaluation"] = config.evaluation.model_dump(mode="json", include=folds)
     return storage.fingerprint({
         "config": parts,
         "data": data.manifest["inputs"],
