@@ -73,7 +73,7 @@ class _Page:
             "calibration": self.calibration(),
             "confusion": self.confusion(),
             "activity": self.activity(),
-            "items": f.popularity(self.catalogue["count"].to_numpy().astype(float)),
+            "popularity": f.popularity(self.catalogue["count"].to_numpy().astype(float)),
             "training": self.training(),
         }
         tables = {
@@ -196,7 +196,7 @@ class _Page:
 
     def slice_dots(self) -> list[f.Dot]:
         out: list[f.Dot] = []
-        for name in ["all", *self.metrics["slices"]]:
+        for name in ["all", *sorted(self.metrics["slices"], key=_slice_order)]:
             values = self.resamples.get(f"{name}|{self.retrieval}|ndcg@10")
             if values is None or (name.count("=") and len(self.metrics["slices"]) > 60):
                 continue
@@ -338,6 +338,14 @@ class _SplitFacts:
                 sums[n] += (np.nansum(label), (~np.isnan(label)).sum())
         self.users, self.items = len(self.user_ids), int((self.item_count > 0).sum())
         self.labels = {n: float(t / c) if c else float("nan") for n, (t, c) in sums.items()}
+
+
+def _slice_order(name: str) -> tuple[int, str, float, str]:
+    """Users and items first, then history length and popularity by number, then attributes."""
+    kind, _, value = name.partition("=")
+    number = re.match(r"\d+", value)
+    place = 0 if not value else 1 if kind in ("history", "popularity_decile") else 2
+    return place, kind, float(number[0]) if number and place == 1 else 0.0, value
 
 
 def _flat(column: pa.ChunkedArray) -> NDArray[Any]:

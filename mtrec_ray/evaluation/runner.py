@@ -137,6 +137,8 @@ def report_numbers(
 ) -> Evaluation:
     """Merged statistics -> everything that is written down."""
     tasks = dict(config.tasks)
+    if WHOLE not in reduced.get(MODEL, {}):
+        raise EvaluationError(f"protocol {config.data.protocol} leaves no test targets; nothing can be evaluated")
     none = Resampler()
     slices: dict[str, dict[str, Summary]] = {
         name: {s: summarise(found, tasks, resampler if name == MODEL or s == WHOLE else none) for s, found in parts.items()}

@@ -197,3 +197,36 @@ def test_a_run_compares_with_itself_and_the_gate_holds(run: tuple[RunConfig, Pat
 
     assert main([str(run[1]), str(run[1]), "--noninferior", "0.01", "--gate", "click/auc"]) == 0
     assert "retrieval/ndcg@10" in capsys.readouterr().out
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    page = (run[1] / "report.html").read_text(encoding="utf-8")
+    for heading in ("In short", "Which item comes next", "For whom it works", "Similar items", "The data", "Drift", "Training",
+                    "Are predicted probabilities right?", "Profiles: what was guessed", "What was dropped, and why"):  # fmt: skip
+        assert heading in page, heading
+    assert page.count("<svg") == 7  # ranking, calibration, confusion, slices, activity, popularity, training
+    for outside in ("<script", "<link", "<img", "src=", "@import", "url(http"):
+        assert outside not in page, outside
+    ndcg = read_metrics(run[1])["model"]["retrieval"]["ndcg@10"]
+    assert f"<b>{ndcg:.3f}</b><span>retrieval: ndcg@10</span>" in page and "Thing 3" in page
+    assert "built-in method" not in page and "None" not in page
+
+
+def test_reporting_a_run_that_is_not_there_is_one_message(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "jobs.report", str(tmp_path / "no")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_other_baselines_are_evaluated_without_training_again(run: tuple[RunConfig, Path]) -> None:
+    config, out = run
+    raw = config.model_dump(mode="json")
+    raw["evaluation"] |= {"baselines": ["popularity"], "bootstrap": 25}
+    before = (out / "train" / "manifest.json").stat().st_mtime_ns
+    run_stages(parse_config(raw), str(out), STAGES[:5])
+    assert (out / "train" / "manifest.json").stat().st_mtime_ns == before
+    metrics = read_metrics(out)
+    assert set(metrics["baselines"]) == {"popularity"} and metrics["comparison"]["resamples"] == 25
+    run_stages(config, str(out), STAGES)
