@@ -34,6 +34,8 @@ serve: install
 
 bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.loop_overhead
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evaluate_small
+	$(BIN)/python -m benchmarks.evaluate
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality
 
 clean:

@@ -78,7 +78,7 @@ class _Page:
         }
         tables = {
             "ranking": self.ranking_table(), "tasks": self.task_table(), "data": self.data_table(), "drift": self.drift_table(),
-            "dropped": self.dropped_table(),
+            "dropped": self.dropped_table(), "slices": self.slice_table(),
         }  # fmt: skip
         return {
             "name": self.predictor.config.name,
@@ -205,6 +205,17 @@ class _Page:
             moments = self.metrics["slices"].get(name, self.metrics["model"].get(self.retrieval, {})).get("moments", 0)
             out.append((f"{name}  ({moments:,.0f})", float(values[0]), ends, name == "all"))  # type: ignore[arg-type]
         return out
+
+    def slice_table(self) -> str:
+        """The main metric of every task on every slice."""
+        shown = [(t, MAIN[k]) for t, k in self.kinds.items() if self.value(t, MAIN[k]) is not None]
+        found = {"all": self.metrics["model"], **self.metrics["slices"]}
+        rows = []
+        for name in ["all", *sorted(self.metrics["slices"], key=_slice_order)]:
+            values = [found[name].get(t, {}).get(metric) for t, metric in shown]
+            if any(v is not None for v in values):
+                rows.append([name, *["–" if v is None else f"{v:.3f}" for v in values]])
+        return f.html_table(["", *[f"{t} {metric}" for t, metric in shown]], rows, own=0)
 
     def calibration(self) -> str:
         curves = {t: self.curves[f"model|{t}|calibration"] for t in self.kinds if f"model|{t}|calibration" in self.curves}
