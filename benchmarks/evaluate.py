@@ -1,9 +1,10 @@
 """Full-catalogue evaluation against the hardware: `python -m benchmarks.evaluate [--users N]`.
 
 100,000 users × 100,000 items × 64 (synthetic vectors). Every core runs a process with one torch thread, for both sides:
-(a) the bare matrix product and `topk(100)` on batches of users, (b) what the evaluation does with the same vectors:
+(a) the bare matrix product and torch's `topk(100)` on batches of users, (b) what the evaluation does with the same vectors:
 windows of the users, seen filter (50 items each), finite check, exact ranks of the targets, top lists, all ranking
-metrics per user, slices, and 1,000 bootstrap resamples. Both sides take turns batch by batch.
+metrics per user, slices, and 1,000 bootstrap resamples. Metrics at 100 need the exact ranks of the targets, not a list of
+100; the lists are of ten. Both sides take turns, part by part of 4,096 users.
 Value: users per second of (b) ÷ (a). ok needs the ratio and memory that does not grow with the users.
 """
 

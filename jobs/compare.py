@@ -37,18 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--noninferior", type=float, metavar="SHARE", help="how much worse B may be, as a share of A's value")
     parser.add_argument(
         "--gate", action="append", metavar="TASK/METRIC",
-        help="what the limit holds for (default retrieval/ndcg@10); `SLICE|TASK/METRIC` for a slice; may be repeated",
+        help="what the limit holds for (default: ndcg@10 of the retrieval task); `SLICE|TASK/METRIC` for a slice; may be repeated",
     )  # fmt: skip
     parser.add_argument("--metric", help="show this task/metric alone, on every slice")
     parser.add_argument("--json", type=Path, help="write all rows to this file too")
     args = parser.parse_args(arguments)
-    gates = args.gate or ["retrieval/ndcg@10"]
     if args.gate and args.noninferior is None:
         parser.error("--gate needs --noninferior SHARE")
     if args.noninferior is not None and not 0 <= args.noninferior < 1:
         parser.error("--noninferior is a share from 0 to below 1, such as 0.02")
     try:
-        rows = compare([load(r) for r in args.run_a.split(",")], [load(r) for r in args.run_b.split(",")])
+        side_a, side_b = ([load(r) for r in side.split(",")] for side in (args.run_a, args.run_b))
+        rows = compare(side_a, side_b)
+        gates = args.gate or [f"{side_a[0].facts.get('retrieval', 'retrieval')}/ndcg@10"]
         broken = [] if args.noninferior is None else broken_limits(rows, gates, args.noninferior)
     except (CompareError, storage.StorageError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -101,7 +101,7 @@ class ItemTextConfig(_Model):
     title: str
     """The column shown as the item's title."""
     columns: tuple[str, ...] = ()
-    """Further columns kept in the catalogue (shown to people, used by slices)."""
+    """Further columns kept in the catalogue and shown to people."""
 
     @model_validator(mode="after")
     def _check(self) -> ItemTextConfig:
@@ -378,7 +378,7 @@ class EvaluationConfig(_Model):
     model on the bag of items, item vectors. `ials` and `bpr` need the extra `baselines`."""
     bootstrap: Int = Field(default=1000, ge=0)
     """Resamples of users behind every interval; 0 gives none."""
-    seed: Int = 0
+    seed: Int = Field(default=0, ge=0)
     """Seed of the resamples; the same in two runs that are to be compared."""
     batch_windows: Int = Field(default=256, ge=1)
     profile_folds_test: tuple[int, ...] = (0, 1)
@@ -396,7 +396,7 @@ class RunConfig(_Model):
     """One run: data, encoder, model, tasks, training, evaluation."""
 
     name: str
-    seed: Int = 0
+    seed: Int = Field(default=0, ge=0)
     data: DataConfig
     encoder: EncoderConfig | None = None
     model: ModelConfig = ModelConfig()

@@ -63,7 +63,7 @@ class Run:
             storage.write_json(self.path("stages.json"), notes)
         if name in ("evaluate", "score") or not reused:
             self._write_metrics()
-        if name == "evaluate" and not reused:
+        if name == "evaluate" and (not reused or not storage.exists(self.path("report.html"))):
             self._write_report()
         log.info("%s: %s in %.1f s, largest process %.0f MiB", name, "reused" if reused else "done", watch.seconds, watch.peak_mib)
 
@@ -131,10 +131,12 @@ class Run:
         storage.write_json(storage.join(kept, "slices.json"), found.slices)
         storage.write_bytes(storage.join(kept, "resamples.npz"), found.resamples)
         storage.write_bytes(storage.join(kept, "curves.npz"), found.curves)
-        settings = self.config.evaluation
+        settings, meaning = self.config.evaluation, {"kind", "label", "attribute", "positive"}
         self.evaluation.publish(
             inputs, kind="evaluation", bundle=fingerprint, data=self.data.manifest["inputs"], protocol=self.config.data.protocol,
-            resamples=settings.bootstrap, seed=settings.seed,
+            resamples=settings.bootstrap, seed=settings.seed, profile_folds=sorted(settings.profile_folds_test),
+            retrieval=self.config.retrieval_task,
+            tasks={n: t.model_dump(mode="json", include=meaning) for n, t in self.config.tasks.items()},
         )  # fmt: skip
         return True
 
@@ -163,10 +165,12 @@ class Run:
         """report.html, where what it needs is installed."""
         try:
             from mtrec_ray.evaluation.report import write_report
+
+            log.info("evaluate: wrote %s", write_report(self.out))
         except ModuleNotFoundError as error:
             log.info("evaluate: no report, %s is missing: pip install 'mtrec_ray[report]'", error.name)
-            return
-        log.info("evaluate: wrote %s", write_report(self.out))
+        except Exception:  # a picture that cannot be drawn must not cost the run its scores
+            log.exception("evaluate: no report; python -m jobs.report %s tries again", self.out)
 
     def _need(self, directory: storage.Directory, stage: str) -> None:
         if not storage.exists(storage.join(directory.root, "manifest.json")):

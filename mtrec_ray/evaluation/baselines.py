@@ -25,8 +25,8 @@ from mtrec_ray.training.feed import WindowCache
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
-MAX_DENSE_ITEMS = 20_000
-"""ItemKNN and EASE hold a dense matrix of items by items; beyond this many they are skipped."""
+MAX_DENSE_ITEMS = 10_000
+"""ItemKNN and EASE work on dense matrices of items by items (0.8 GB each at this size); beyond it they are skipped."""
 MAX_TUNING_MOMENTS = 20_000
 """Valid moments that a baseline is tuned on, spread evenly."""
 
@@ -123,10 +123,15 @@ class BPR(System):
 
 
 class ItemVectors(System):
-    """Nearest neighbours of the model's own item vectors by cosine, without the similarity task's projection."""
+    """The model's own item vectors without its trunk and heads: items are similar by cosine, and the score of an item is
+    its cosine with the mean of the visible ones. With text it is a content baseline, the only one that knows new items."""
 
     def __init__(self, item_vec_ND: Tensor) -> None:
         self.unit_ND = torch.nn.functional.normalize(item_vec_ND, dim=-1)
+
+    def scores(self, moments: Moments) -> Tensor:
+        mean_BD = torch.from_numpy(np.asarray(moments.visible() @ self.unit_ND.numpy(), dtype=np.float32))
+        return torch.nn.functional.normalize(mean_BD, dim=-1) @ self.unit_ND.T
 
     def similar(self, item_B: IntArray) -> Tensor:
         return self.unit_ND[torch.from_numpy(item_B)] @ self.unit_ND.T
@@ -174,7 +179,8 @@ def valid_ndcg(system: System, predictor: Predictor, valid: WindowCache, batch: 
     assert rank is not None
     found = m.ranking_metrics(facts.pair_moment, rank, len(facts))["ndcg@10"]
     ids, user = np.unique(facts.user, return_inverse=True)
-    return float(np.nanmean(m.per_user(user, found, len(ids))))
+    means = m.per_user(user, found, len(ids))
+    return float(np.nanmean(means)) if (~np.isnan(means)).any() else float("nan")
 
 
 def fit_rankers(
@@ -209,10 +215,15 @@ def fit_rankers(
             skipped[name] = f"{n} items by {n} items do not fit memory; it is fitted up to {MAX_DENSE_ITEMS}"
         elif name in make:
             progress(f"tuning {name}: {len(GRIDS[name])} tries on valid")
-            tried: list[tuple[float, dict[str, Any], System]] = []
+            best: tuple[float, dict[str, Any], System] | None = None
             for chosen in GRIDS[name]:
                 system = make[name](**chosen)
-                tried.append((valid_ndcg(system, predictor, valid, batch), chosen, system))
-            best = max(tried, key=lambda t: t[0])
-            out[name] = Fitted(best[2], best[1], len(tried))
+                value = valid_ndcg(system, predictor, valid, batch)
+                if best is None or value > best[0]:  # only the best so far is kept
+                    best = (value, chosen, system)
+            assert best is not None
+            if np.isnan(best[0]):
+                skipped[name] = "valid has no positive target to tune it on"
+            else:
+                out[name] = Fitted(best[2], best[1], len(GRIDS[name]))
     return out, skipped

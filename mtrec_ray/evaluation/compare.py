@@ -18,7 +18,7 @@ from mtrec_ray import storage
 from mtrec_ray.evaluation.evaluate import difference
 from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER
 from mtrec_ray.evaluation.reduce import COUNTS, WHOLE
-from mtrec_ray.evaluation.statistics import FloatArray
+from mtrec_ray.evaluation.statistics import MIN_USERS, FloatArray
 
 
 class CompareError(ValueError):
@@ -50,6 +50,7 @@ SAME = {
     "protocol": "another protocol",
     "seed": "another evaluation.seed, so other users were drawn",
     "resamples": "another evaluation.bootstrap",
+    "profile_folds": "other evaluation.profile_folds_test, so profiles were judged on other users",
 }
 
 
@@ -58,11 +59,17 @@ def check_same(runs: Sequence[Judged]) -> None:
     first = runs[0]
     for other in runs[1:]:
         for key, what in SAME.items():
-            if other.facts[key] != first.facts[key]:
+            theirs, mine = other.facts.get(key), first.facts.get(key)
+            if theirs != mine:
                 raise CompareError(
-                    f"{other.run} has {what}: {str(other.facts[key])[:16]}, {first.run} has {str(first.facts[key])[:16]}; "
-                    "a difference would mean nothing"
+                    f"{other.run} has {what}: {str(theirs)[:16]}, {first.run} has {str(mine)[:16]}; a difference would mean nothing"
                 )
+        known, tasks = first.facts.get("tasks", {}), other.facts.get("tasks", {})
+        changed = sorted(n for n in set(known) & set(tasks) if known[n] != tasks[n])
+        if changed:
+            raise CompareError(
+                f"{other.run}: task(s) {changed} mean something else than in {first.run}; compare tasks of one meaning"
+            )
 
 
 def over_seeds(runs: Sequence[Judged], stream: int) -> dict[str, FloatArray]:
@@ -77,7 +84,10 @@ def over_seeds(runs: Sequence[Judged], stream: int) -> dict[str, FloatArray]:
     for key in keys:
         length = min(len(r.values[key]) for r in runs)
         table = np.stack([r.values[key][:length] for r in runs])
-        out[key] = table[drawn[:length].T, np.arange(length)].mean(0)
+        centre = table.mean(0)
+        drawn_mean = table[drawn[:length].T, np.arange(length)].mean(0)
+        # n of n draws understate the variance between runs by (n - 1) / n
+        out[key] = centre + (drawn_mean - centre) * np.sqrt(len(runs) / (len(runs) - 1))
     return out
 
 
@@ -109,13 +119,13 @@ class Row:
 def compare(side_a: Sequence[Judged], side_b: Sequence[Judged]) -> list[Row]:
     """Every metric that both sides have, the whole split first.
 
-    Raises CompareError: other data, protocol, seed or resamples; a single user, who has no interval at all.
+    Raises CompareError: other data, protocol, seed or resamples; too few users for any interval.
     """
     check_same([*side_a, *side_b])
     a, b = over_seeds(side_a, 0), over_seeds(side_b, 1)
     rows = []
     for key in a:
-        part, task, metric = key.split("|")
+        part, task, metric = key.rsplit("|", 2)
         if key not in b or metric in COUNTS:
             continue
         found = difference(b[key], a[key])
@@ -125,7 +135,8 @@ def compare(side_a: Sequence[Judged], side_b: Sequence[Judged]) -> list[Row]:
     if not rows:
         raise CompareError("the two sides have no metric in common")
     if all(len(a[k]) == 1 for k in a):
-        why = "evaluation.bootstrap is 0" if side_a[0].facts["resamples"] == 0 else "there is one test user"
+        few = f"there are fewer than {MIN_USERS} test users"
+        why = "evaluation.bootstrap is 0" if side_a[0].facts["resamples"] == 0 else few
         raise CompareError(f"{why}: no interval can be given, so nothing can be said about the difference")
     return sorted(rows, key=lambda r: r.slice != WHOLE)
 

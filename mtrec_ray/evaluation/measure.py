@@ -41,6 +41,8 @@ class Moments:
     """Moment of each target, ascending."""
     last: IntArray
     """Last history item of each moment, -1 without one."""
+    events: IntArray
+    """Events visible at each moment."""
 
     @classmethod
     def of(cls, schema: LogSchema, cache: WindowCache, index: IntArray) -> Moments:
@@ -57,7 +59,7 @@ class Moments:
         last[h_length > 0] = items[h_end[h_length > 0] - 1]
         t, t_length = cache.gather("target", index)
         encoded = EncodedHistories(batch.history, seen, [[]] * len(index))
-        return cls(cache, index, schema, encoded, t, np.repeat(np.arange(len(index)), t_length), last)
+        return cls(cache, index, schema, encoded, t, np.repeat(np.arange(len(index)), t_length), last, h_length + s_length)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -187,7 +189,7 @@ class Facts(_Joined):
     visible: IntArray
     """(B,) events visible."""
     history_share: FloatArray
-    """(B,) mean share of training events of the visible items; NaN without any."""
+    """(B,) mean of `item_shares` over the visible items; NaN without any."""
     fold: IntArray
     pair_moment: IntArray
     pair_item: IntArray
@@ -222,16 +224,22 @@ class Answers(_Joined):
         return len(self.moments)
 
 
+def item_shares(predictor: Predictor) -> FloatArray:
+    """Each item's share of the training events, one event added to every item, so that none is 0."""
+    count_N = predictor.popularity_N.double().numpy() * predictor.trained_events + 1
+    return np.asarray(count_N / count_N.sum())
+
+
 def facts_of(predictor: Predictor, moments: Moments) -> Facts:
     tasks, columns = predictor.config.tasks, moments.cache.columns
     pair_moment, pair_item = m.relevant_items(moments.row, moments.item_T, moments.column("target_positive").astype(bool))
     visible = moments.visible()
     count = np.diff(visible.indptr)
-    share = np.asarray(visible @ predictor.popularity_N.numpy()).astype(np.float64)
+    share = np.asarray(visible @ item_shares(predictor))
     pointwise = {n: t.label for n, t in tasks.items() if isinstance(t, RegressionTask | BinaryTask)}
     return Facts(
         user=moments.user_ids,
-        visible=count.astype(np.int64),
+        visible=moments.events.astype(np.int64),
         history_share=np.divide(share, count, out=np.full(len(count), np.nan), where=count > 0),
         fold=columns["fold"][moments.index].astype(np.int64),
         pair_moment=pair_moment,
@@ -248,6 +256,8 @@ def ask(system: System, moments: Moments, facts: Facts, lists: bool) -> Answers:
     out = Answers(np.ones(len(moments), np.int64))
     score_BN = system.scores(moments)
     if score_BN is not None:
+        if not lists:
+            m.check_finite(score_BN, "retrieval scores")
         mask_items(score_BN, moments.encoded.seen)
         if lists:
             found, best_BK = top_k(score_BN, m.LIST)
@@ -255,7 +265,7 @@ def ask(system: System, moments: Moments, facts: Facts, lists: bool) -> Answers:
             out.top = np.full((len(moments), m.LIST), NONE)
             out.top[:, : found.shape[1]] = found.numpy()
         row_P, item_P = torch.from_numpy(facts.pair_moment), torch.from_numpy(facts.pair_item)
-        out.rank = m.pessimistic_rank(score_BN, row_P, item_P, checked=lists)  # a NaN would have led the list
+        out.rank = m.pessimistic_rank(score_BN, row_P, item_P, checked=True)  # a NaN would have led the list
         out.final_rank = system.final_rank(moments, row_P, item_P, out.rank)
     out.predictions, out.profiles = system.predictions(moments), system.profiles(moments)
     for name, values in (out.predictions | out.profiles).items():

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from mtrec_ray.config import BinaryTask, ProfileTask, RegressionTask
 from mtrec_ray.evaluation import metrics as m
-from mtrec_ray.evaluation.measure import Answers, Facts
+from mtrec_ray.evaluation import statistics as st
+from mtrec_ray.evaluation.measure import Answers, Facts, item_shares
 from mtrec_ray.evaluation.statistics import FloatArray, HashArray, Resampler, Scores, Statistics, user_hash
 from mtrec_ray.predictor import Predictor
 
@@ -23,6 +24,8 @@ FINAL = ("ndcg@10", "hr@10", "mrr")
 HISTORY = (0, 1, 5, 20, 100)
 """Lower edges of the slices by number of visible events."""
 COUNTS = ("n", "moments")
+MAX_CLASSES = 50
+"""An attribute with more values gives no slices."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def slices_of(predictor: Predictor, facts: Facts, known_users: set[str]) -> dict
     for decile in range(1, 11):
         by_item(f"popularity_decile={decile}", decile_N == decile)
     for spec in predictor.schema.attributes:
+        if len(spec.classes) > MAX_CLASSES:
+            continue
         for code, value in enumerate(spec.classes):
             by_moment(f"{spec.name}={value}", facts.attributes[spec.name] == code)
     return out
@@ -79,8 +84,7 @@ class Reducer:
     def __init__(self, predictor: Predictor, resampler: Resampler, folds: tuple[int, ...]) -> None:
         """folds: the folds whose users judge profiles."""
         self.predictor, self.resampler, self.folds = predictor, resampler, folds
-        count_N = predictor.popularity_N.double().numpy() * predictor.trained_events + 1
-        self.share_N = count_N / count_N.sum()
+        self.share_N = item_shares(predictor)
         self.unit_ND = torch.nn.functional.normalize(predictor.item_vec_ND, dim=-1)
 
     def __call__(self, facts: Facts, answers: Answers, parts: dict[str, Slice]) -> dict[str, Statistics]:
@@ -132,7 +136,6 @@ class _Reduction:
             if isinstance(task, RegressionTask | BinaryTask) and name in answers.predictions:
                 self.points(name, task)
         self.out.add_means(self.weight_UR, self.table)
-        self.out.sums["users"] = np.array([float(len(np.unique(self.user[self.part.moment])))])
         return self.out
 
     def per_user(self, name: str, value_B: FloatArray) -> None:
@@ -184,11 +187,16 @@ class _Reduction:
         _, back = np.unique(self.user[judged][::-1], return_index=True)
         pick = judged[::-1][back]
         probability = self.answers.profiles[name][pick]
-        C = probability.shape[1]
-        cell = label[pick] * C + probability.argmax(1)
-        confusion_R = np.zeros((C * C, self.weight_UR.shape[1]))
-        np.add.at(confusion_R, cell, self.weight_UR[self.user[pick]])
-        self.out.sums[f"{name}/confusion"] = confusion_R.T.reshape(-1, C, C)
+        C, guess, weight_JR = probability.shape[1], probability.argmax(1), self.weight_UR[self.user[pick]]
+        confusion = np.zeros((C, C))
+        np.add.at(confusion, (label[pick], guess), 1)
+        self.out.sums[f"{name}/confusion"] = confusion
+        margins_3CR = np.zeros((3, C, weight_JR.shape[1]))  # right, labelled, guessed per class: all that F1 needs
+        right = label[pick] == guess
+        np.add.at(margins_3CR[0], guess[right], weight_JR[right])
+        np.add.at(margins_3CR[1], label[pick], weight_JR)
+        np.add.at(margins_3CR[2], guess, weight_JR)
+        self.out.sums[f"{name}/classes"] = np.moveaxis(margins_3CR, 2, 0)
         if C == 2:
             self.out.scores[f"{name}/auc"] = Scores(label[pick] == 1, probability[:, 1], self.hashes[self.user[pick]])
 
@@ -196,11 +204,8 @@ class _Reduction:
 def summarise(statistics: Statistics, tasks: dict[str, Any], resampler: Resampler) -> Summary:
     """Merged statistics -> metrics. `n` is what was counted: users, events, or judged users for profiles.
 
-    A task without anything to judge has no metric at all. One user alone has no resamples: they would all be equal
-    and look certain.
+    A task without anything to judge has no metric at all. Metrics of fewer than MIN_USERS users have no resamples.
     """
-    if float(statistics.sums.get("users", np.zeros(1))[0]) < 2:
-        statistics, resampler = statistics.without_resamples(), Resampler()
     out: Summary = {}
     for name, task in tasks.items():
         found: dict[str, FloatArray] = {}
@@ -226,7 +231,7 @@ def summarise(statistics: Statistics, tasks: dict[str, Any], resampler: Resample
             if counted("user_auc"):
                 found["user_auc"] = statistics.mean(f"{name}/user_auc")
         elif task.kind == "profile" and f"{name}/confusion" in statistics.sums:
-            found = _classes(statistics.sums[f"{name}/confusion"])
+            found = _classes(statistics.sums[f"{name}/classes"])
             if f"{name}/auc" in statistics.scores:
                 found["auc"] = statistics.scores[f"{name}/auc"].auc(resampler)
         out[name] = {metric: values for metric, values in found.items() if not np.isnan(values[0])}
@@ -239,7 +244,7 @@ def _binary(statistics: Statistics, name: str, resampler: Resampler) -> dict[str
     logloss, rate = statistics.mean(f"{name}/logloss"), statistics.mean(f"{name}/label")
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-    curve = statistics.sums[f"{name}/calibration"]
+    curve = statistics.sums[f"{name}/calibration"][: len(logloss)]
     total = curve[:, :, 0].sum(1)
     gap = np.abs(curve[:, :, 1] - curve[:, :, 2]).sum(1)
     return {
@@ -251,11 +256,11 @@ def _binary(statistics: Statistics, name: str, resampler: Resampler) -> dict[str
     }
 
 
-def _classes(confusion_RCC: FloatArray) -> dict[str, FloatArray]:
+def _classes(margins_R3C: FloatArray) -> dict[str, FloatArray]:
     """Accuracy, and F1 averaged over the classes that occur as label or guess."""
-    right = np.diagonal(confusion_RCC, axis1=1, axis2=2)
-    both = confusion_RCC.sum(1) + confusion_RCC.sum(2)
-    total = confusion_RCC.sum((1, 2))
+    if margins_R3C[0, 1].sum() < st.MIN_USERS:
+        margins_R3C = margins_R3C[:1]
+    right, both, total = margins_R3C[:, 0], margins_R3C[:, 1:].sum(1), margins_R3C[:, 1].sum(1)
     f1 = np.divide(2 * right, both, out=np.zeros_like(both), where=both > 0)
     occurring = (both > 0).sum(1)
     nan = np.full(len(total), np.nan)

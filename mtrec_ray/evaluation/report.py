@@ -133,7 +133,7 @@ class _Page:
         ]
         hit = self.value(self.retrieval, "hr@10")
         if hit is not None:
-            out.append(f"For {hit:.0%} of the users, a list of ten items contains what they chose next.")
+            out.append(f"On average, {hit:.0%} of the lists of ten items contain something that the user then chose.")
         c = self.metrics["comparison"]
         if c and c["low"] is not None:
             sure = "better than" if c["low"] > 0 else "worse than" if c["high"] < 0 else "not clearly different from"
@@ -198,7 +198,8 @@ class _Page:
         out: list[f.Dot] = []
         for name in ["all", *sorted(self.metrics["slices"], key=_slice_order)]:
             values = self.resamples.get(f"{name}|{self.retrieval}|ndcg@10")
-            if values is None or (name.count("=") and len(self.metrics["slices"]) > 60):
+            attribute = _slice_order(name)[0] == 2
+            if values is None or (attribute and len(self.metrics["slices"]) > 60):
                 continue
             resampled = values[1:][~np.isnan(values[1:])]
             ends = None if len(resampled) < 20 else tuple(float(v) for v in np.quantile(resampled, (0.025, 0.975)))
@@ -218,7 +219,8 @@ class _Page:
         return f.html_table(["", *[f"{t} {metric}" for t, metric in shown]], rows, own=0)
 
     def calibration(self) -> str:
-        curves = {t: self.curves[f"model|{t}|calibration"] for t in self.kinds if f"model|{t}|calibration" in self.curves}
+        found = {t: self.curves.get(f"model|{t}|calibration") for t in self.kinds}
+        curves = {t: curve for t, curve in found.items() if curve is not None and curve[:, 0].any()}
         return f.calibration(curves) if curves else ""
 
     def confusion(self) -> str:

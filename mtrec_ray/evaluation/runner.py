@@ -48,8 +48,11 @@ class _Actor:
         cache = WindowCache.from_table(storage.read_table(row["part"]))
         known = set(storage.read_table(row["train"], ["user_id"])["user_id"].to_pylist()) if row["train"] else set()
         folds = self.predictor.config.evaluation.profile_folds_test
-        found = evaluate_part(self.systems, self.predictor, cache, known, self.resampler, folds)
-        return {"part": row["part"], "found": pickle.dumps(found)}
+        try:
+            found = evaluate_part(self.systems, self.predictor, cache, known, self.resampler, folds)
+        except ValueError as error:  # said by the driver, without Ray Data's wrapping
+            return {"part": row["part"], "found": b"", "error": str(error)}
+        return {"part": row["part"], "found": pickle.dumps(found), "error": ""}
 
 
 def measure_split(
@@ -61,7 +64,11 @@ def measure_split(
     blocks: int | None = None,
 ) -> Reduced:
     """Statistics of a whole split, measured by Ray Data actors part by part and merged in the order of the parts, so
-    that the number of blocks in flight changes no digit."""
+    that the number of blocks in flight changes no digit.
+
+    blocks: actors at work (default: as many as parts and CPUs allow). Raises EvaluationError when a system's scores are
+    no numbers.
+    """
     parts = storage.list_files(data.path("windows", split), ".parquet")
     there = set(storage.list_files(data.path("windows", "train"), ".parquet"))
     rows = []
@@ -72,10 +79,18 @@ def measure_split(
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(parts))).map(
         _Actor,
         fn_constructor_args=(bundle_prefix, [kept], resampler),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=blocks or max(1, min(len(parts), 2))),
+        compute=ray.data.ActorPoolStrategy(min_size=blocks or 1, max_size=blocks or _room(len(parts))),
     )
     found = runtime.collect(dataset, f"evaluate: {split}, parts", len(parts))
+    broken = sorted({str(r["error"]) for r in found if r["error"]})
+    if broken:
+        raise EvaluationError("; ".join(broken))
     return merge_reduced([pickle.loads(r["found"]) for r in sorted(found, key=lambda r: str(r["part"]))])
+
+
+def _room(parts: int) -> int:
+    """Actors that parts and cluster have room for."""
+    return max(1, min(parts, int(ray.cluster_resources().get("CPU", 1)) - 1))
 
 
 @dataclass(frozen=True)
@@ -179,9 +194,9 @@ def report_numbers(
     for name, parts in reduced.items():
         for key, value in parts[WHOLE].sums.items():
             task, _, kind = key.partition("/")
-            if kind in ("confusion", "calibration"):
+            if kind == "calibration":
                 curves[f"{name}|{task}|{kind}"] = value[0]
-            elif kind == "exposure":
+            elif kind in ("confusion", "exposure"):
                 curves[f"{name}|{task}|{kind}"] = value
     log.info("evaluate: model %s", metrics["model"].get(config.retrieval_task))
     return Evaluation(metrics, plain, _npz(resamples), _npz(curves))

@@ -22,6 +22,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 HashArray = NDArray[np.uint64]
 
+MIN_USERS = 10
+"""A metric of fewer users has no resamples: their spread would say too little, and with one user nothing at all."""
 _POISSON = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(12)])
 
 
@@ -70,6 +72,8 @@ class Scores:
 
         NaN where a class is missing.
         """
+        if len(np.unique(self.user)) < MIN_USERS:
+            resampler = Resampler()
         R = 1 + resampler.resamples
         if not len(self.label) or self.label.all() or not self.label.any():
             return np.full(R, np.nan)
@@ -116,26 +120,23 @@ class Statistics:
         return out
 
     def add_means(self, weight_UR: FloatArray, table: dict[str, tuple[FloatArray, FloatArray]]) -> None:
-        """Means as (Σ w·total, Σ w·count) per resample, merged by addition, never a mean of means.
+        """Means as (Σ w·total, Σ w·count, Σ w over users counted) per resample, merged by addition, never a mean of means.
 
         table: name -> (total_U, count_U) per user.
         """
         if not table:
             return
-        columns_UF = np.concatenate([np.stack(pair, axis=1) for pair in table.values()], axis=1)
+        columns_UF = np.concatenate([np.stack((*pair, pair[1] > 0), axis=1) for pair in table.values()], axis=1)
         live = columns_UF.any(1)
         sums_RF = weight_UR[live].T @ columns_UF[live]
         for i, name in enumerate(table):
-            self.sums[name] = sums_RF[:, 2 * i : 2 * i + 2]
-
-    def without_resamples(self) -> Statistics:
-        """The data as they are alone."""
-        kept = {n: v if n == "users" or n.endswith(("/exposure", "/moments")) else v[:1] for n, v in self.sums.items()}
-        return Statistics(kept, self.scores)
+            self.sums[name] = sums_RF[:, 3 * i : 3 * i + 3]
 
     def mean(self, name: str) -> FloatArray:
-        """(R,); NaN where nothing was counted."""
-        total, count = self.sums[name].T
+        """(R,); NaN where nothing was counted, (1,) where fewer than MIN_USERS users were."""
+        total, count, users = self.sums[name].T
+        if users[0] < MIN_USERS:
+            total, count = total[:1], count[:1]
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 

@@ -71,8 +71,8 @@ class ItemBag(System):
 
 
 class Boosting(System):
-    """Histogram gradient boosting on what is known before the event: item mean and count in training, the number of
-    visible events and the mean of each action among those that the window shows."""
+    """Histogram gradient boosting on what is known before the event: mean and count of the item's earlier training
+    labels, the number of visible events and the mean of each action among those that the window shows."""
 
     def __init__(self, schema: LogSchema, items: dict[str, ItemMeans], models: dict[str, object]) -> None:
         self.schema, self.items, self.models = schema, items, models
@@ -92,19 +92,33 @@ class ItemMeans:
 
     def __init__(self, item: IntArray, label: FloatArray, n_items: int) -> None:
         valid = ~np.isnan(label)
-        self.total = np.bincount(item[valid], weights=label[valid], minlength=n_items)
+        self.total: FloatArray = np.bincount(item[valid], weights=label[valid], minlength=n_items).astype(np.float64)
         self.count = np.bincount(item[valid], minlength=n_items).astype(np.float64)
         self.overall = float(label[valid].mean()) if valid.any() else 0.0
 
     def means(self) -> FloatArray:
         return np.where(self.count > 0, self.total / np.maximum(self.count, 1), self.overall)
 
-    def features(self, item: IntArray, own: FloatArray | None = None) -> FloatArray:
-        """(mean, log count) of items. own: labels of training rows, taken out of their own item's mean."""
-        total, count = self.total[item], self.count[item]
-        if own is not None:
-            there = ~np.isnan(own)
-            total, count = total - np.where(there, np.nan_to_num(own), 0), count - there
+    def features(self, item: IntArray) -> FloatArray:
+        """(mean, log count) of items after training, shrunk by one overall mean."""
+        return self._features(self.total[item], self.count[item])
+
+    def earlier(self, item: IntArray, label: FloatArray, time: IntArray, row: IntArray) -> FloatArray:
+        """The same for training rows from their items' earlier labels alone (ties in time by row).
+
+        A row's own label, or what is left when it is taken out of the whole, would tell the label.
+        """
+        order = np.lexsort((row, time, item))
+        value = np.nan_to_num(label[order])
+        there = ~np.isnan(label[order])
+        first = np.searchsorted(item[order], item[order], side="left")
+        total = np.concatenate([[0.0], np.cumsum(np.where(there, value, 0.0))])
+        count = np.concatenate([[0.0], np.cumsum(there)])
+        out = np.empty((len(item), 2))
+        out[order] = self._features(total[:-1] - total[first], count[:-1] - count[first])
+        return out
+
+    def _features(self, total: FloatArray, count: FloatArray) -> FloatArray:
         return np.column_stack([(total + self.overall) / (count + 1), np.log1p(count)])
 
 
@@ -154,8 +168,7 @@ def fit_task_baselines(
     if profile_tasks(predictor):
         progress("fitting item_bag")
         out |= _fit_profiles(predictor, train, valid)
-    if predictor.model.similarity is not None:
-        out["item_vectors"] = Fitted(ItemVectors(predictor.item_vec_ND), {})
+    out["item_vectors"] = Fitted(ItemVectors(predictor.item_vec_ND), {})
     return out
 
 
@@ -171,6 +184,7 @@ def _fit_boosting(
 ) -> Fitted:
     schema = predictor.schema
     item = train.columns["target_item"][target].astype(np.int64)
+    time, row = (train.columns[c][target].astype(np.int64) for c in ("target_time", "target_row"))
     user = _user_features(train, schema, target, train.offsets["history"][window])
     v, v_length = valid.gather("target", np.arange(len(valid)))
     v_user = _user_features(valid, schema, v, np.repeat(valid.offsets["history"][:-1], v_length))
@@ -180,7 +194,7 @@ def _fit_boosting(
     for name, task in tasks.items():
         rows = np.flatnonzero(~np.isnan(labels[name]))
         rows = rows[:: max(1, -(-len(rows) // MAX_ROWS))]
-        table = np.column_stack([items[name].features(item[rows], labels[name][rows]), user[rows]])
+        table = np.column_stack([items[name].earlier(item, labels[name], time, row)[rows], user[rows]])
         v_label = valid.columns[f"label_{task.label}"][v].astype(np.float64)
         keep = ~np.isnan(v_label)
         v_table = np.column_stack([items[name].features(v_item[keep]), v_user[keep]])
@@ -197,7 +211,7 @@ def _fit_boosting(
             tried.append((error, leaves, model))
         best = min(tried, key=lambda t: t[:2])
         models[name], chosen[f"{name}_leaves"] = best[2], best[1]
-    return Fitted(Boosting(schema, items, models), chosen, len(LEAVES))
+    return Fitted(Boosting(schema, items, models), chosen, len(LEAVES) if len(v) else 0)
 
 
 def _fit_profiles(predictor: Predictor, train: WindowCache, valid: WindowCache) -> dict[str, Fitted]:
@@ -242,5 +256,5 @@ def _fit_profiles(predictor: Predictor, train: WindowCache, valid: WindowCache) 
         models[name], chosen[f"{name}_c"] = (best[2], classes), best[1]
     out = {"majority": Fitted(Majority(shares), {})}
     if models:
-        out["item_bag"] = Fitted(ItemBag(models), chosen, len(STRENGTHS))
+        out["item_bag"] = Fitted(ItemBag(models), chosen, len(STRENGTHS) if len(on_valid) else 0)
     return out

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class MixedBundlesError(RuntimeError):
-    """Two stages of one answer have different bundles, or a state comes from another request's history."""
+    """Two stages of one answer have different bundles, or a state comes from another version of the history store."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.pipeline import STAGES, StageError, run_stages
 from mtrec_ray.serving.history import HistoryStore
 from tests import tiny
+from tests.conftest import TinyRun
 
 pytestmark = pytest.mark.ray
 EPOCHS = 10
@@ -29,6 +30,7 @@ def run(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
     encoder = tiny.write_encoder(folder / "encoder")
 
     def change(raw: dict[str, Any]) -> None:
+        raw["data"]["partitions"] = 6
         raw["encoder"] = {"model": str(encoder), "batch_size": 8}
         raw["evaluation"]["baselines"] = ["popularity", "popularity_recent", "itemknn", "ease", "ials", "bpr", "tasks"]
         raw["train"] |= {"epochs": EPOCHS, "patience": EPOCHS, "monitor": "click/auc"}
@@ -178,18 +180,27 @@ def test_a_job_killed_while_it_writes_scores_leaves_the_old_ones(
 
 def test_blocks_in_flight_change_no_digit(run: tuple[RunConfig, Path]) -> None:
     """Two evaluations of one bundle, with 1 and with 4 blocks in flight, are equal to the last bit."""
+    from mtrec_ray.evaluation.baselines import ItemVectors, Popularity
     from mtrec_ray.evaluation.runner import measure_split
     from mtrec_ray.evaluation.statistics import Resampler
 
     out = run[1]
     data, prefix = storage.Directory(str(out / "data")), storage.Directory(str(out / "bundle")).prefix
-    one, four = (measure_split(data, prefix, "test", {}, Resampler(30), blocks) for blocks in (1, 4))
-    assert set(one["model"]) == set(four["model"]) and len(one["model"]) > 5
-    for part, statistics in one["model"].items():
-        other = four["model"][part]
-        assert set(statistics.sums) == set(other.sums) and set(statistics.scores) == set(other.scores)
-        assert all(np.array_equal(v, other.sums[n]) for n, v in statistics.sums.items())
-        assert all(np.array_equal(s.prediction, other.scores[n].prediction) for n, s in statistics.scores.items())
+    parts = storage.list_files(data.path("windows", "test"), ".parquet")
+    assert len(parts) == 6
+    count = storage.read_table(data.path("catalogue.parquet"), ["count"])["count"].to_numpy().astype(np.float32)
+    systems = {"popularity": Popularity(count), "item_vectors": ItemVectors(bundle.load(prefix).item_vec_ND)}
+    one, four = (measure_split(data, prefix, "test", systems, Resampler(30), blocks) for blocks in (1, 4))
+    assert set(one) == set(four) == {"model", *systems}
+    for system in one:
+        assert set(one[system]) == set(four[system]) and len(one[system]) > 5
+        for part, statistics in one[system].items():
+            other = four[system][part]
+            assert set(statistics.sums) == set(other.sums) and set(statistics.scores) == set(other.scores)
+            assert all(np.array_equal(v, other.sums[n]) for n, v in statistics.sums.items())
+            for name, scores in statistics.scores.items():
+                for kind in ("label", "prediction", "user"):
+                    assert np.array_equal(getattr(scores, kind), getattr(other.scores[name], kind))
 
 
 def test_a_run_compares_with_itself_and_the_gate_holds(run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +208,18 @@ def test_a_run_compares_with_itself_and_the_gate_holds(run: tuple[RunConfig, Pat
 
     assert main([str(run[1]), str(run[1]), "--noninferior", "0.01", "--gate", "click/auc"]) == 0
     assert "retrieval/ndcg@10" in capsys.readouterr().out
+
+
+def test_a_broken_model_is_said_plainly_through_the_actors(ray_cluster: Any, tiny_run: TinyRun, tmp_path: Path) -> None:
+    from mtrec_ray.evaluation.evaluate import EvaluationError
+    from mtrec_ray.evaluation.runner import evaluate
+
+    broken = bundle.load(tiny_run.bundle_root)
+    broken.model.trunk.norm.weight.data.fill_(float("nan"))
+    tiny.write_bundle(tiny_run.config, tiny_run.data, broken.model, tmp_path / "bundle")
+    quick = parse_config(tiny_run.config.model_dump(mode="json") | {"evaluation": {"baselines": [], "bootstrap": 0}})
+    with pytest.raises(EvaluationError, match="retrieval scores contain NaN or infinity: the model is broken"):
+        evaluate(quick, tiny_run.data, str(tmp_path / "bundle"))
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str]) -> None:

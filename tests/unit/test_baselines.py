@@ -182,7 +182,7 @@ def test_the_last_item_of_each_history_is_known() -> None:
 def stub_predictor(n: int, exclude_seen: bool) -> Any:
     """As much of a predictor as the measuring of a baseline reads."""
     config = SimpleNamespace(tasks={})
-    return SimpleNamespace(schema=schema_of(n, exclude_seen), config=config, popularity_N=torch.full((n,), 1 / n))
+    return SimpleNamespace(schema=schema_of(n, exclude_seen), config=config, popularity_N=torch.full((n,), 1 / n), trained_events=n)
 
 
 def ranked(system: System, n: int, exclude_seen: bool, cache: WindowCache, batch: int = 512) -> dict[str, Any]:

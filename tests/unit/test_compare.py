@@ -34,7 +34,9 @@ def write_run(folder: Path, metrics: dict[str, np.ndarray], **facts: Any) -> str
     buffer = io.BytesIO()
     np.savez(buffer, **{n: values_of(v, resamples) for n, v in metrics.items()})  # type: ignore[arg-type]
     storage.write_bytes(storage.join(prefix, "resamples.npz"), buffer.getvalue())
-    directory.publish("0" * 64, **({"data": "d1", "protocol": "time", "seed": 0, "resamples": 400} | facts))
+    directory.publish(
+        "0" * 64, **({"data": "d1", "protocol": "time", "seed": 0, "resamples": 400, "tasks": {"like": {"label": "like"}}} | facts)
+    )
     return str(folder)
 
 
@@ -98,6 +100,8 @@ def test_the_table_shows_slices_and_goes_to_json(
         ({"protocol": "random"}, "another protocol"),
         ({"seed": 1}, "other users were drawn"),
         ({"resamples": 50}, "another evaluation.bootstrap"),
+        ({"profile_folds": [7]}, "judged on other users"),
+        ({"tasks": {"like": {"label": "click"}}}, "mean something else"),
     ],
 )
 def test_runs_of_other_data_protocol_or_draws_are_refused(
@@ -123,10 +127,23 @@ def test_a_run_without_evaluation_a_missing_gate_and_no_interval_are_refused(
         main([runs[0], runs[1], "--gate", "rating/rmse"])
 
 
+def test_a_slice_may_have_any_name() -> None:
+    facts = {"data": "d", "protocol": "time", "seed": 0, "resamples": 100}
+    value = np.linspace(0, 1, 101)
+    key = "genre=Action|Comedy|retrieval|ndcg@10"
+    (row,) = compare([Judged("a", facts, {key: value})], [Judged("b", facts, {key: value + 1})])
+    assert (row.slice, row.name, row.difference) == ("genre=Action|Comedy", "retrieval/ndcg@10", 1.0)
+
+
+def test_the_gate_follows_the_name_of_the_retrieval_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / n, {"all|next|ndcg@10": BASE}, retrieval="next") for n in ("a", "b")]
+    assert main([*runs, "--noninferior", "0.01"]) == 0 and "next/ndcg@10" in capsys.readouterr().out
+
+
 def test_a_single_test_user_gives_no_interval_and_no_verdict() -> None:
     facts = {"data": "d", "protocol": "time", "seed": 0, "resamples": 100}
     one, two = (Judged(n, facts, {NDCG: np.array([v])}) for n, v in (("a", 0.1), ("b", 0.9)))
-    with pytest.raises(CompareError, match="one test user"):
+    with pytest.raises(CompareError, match="fewer than 10 test users"):
         compare([one], [two])
 
 
@@ -140,6 +157,6 @@ def test_seeds_are_a_second_level(tmp_path: Path) -> None:
     (wide,), (narrow,) = compare(base, seeds), compare(base, same)
     assert wide.difference == pytest.approx(shifts.mean()) and narrow.difference == pytest.approx(0)
     assert wide.low is not None and wide.high is not None and narrow.low is not None and narrow.high is not None
-    assert wide.high - wide.low == pytest.approx(2 * 1.96 * shifts.std() / np.sqrt(5), rel=0.25)
+    assert wide.high - wide.low == pytest.approx(2 * 1.96 * shifts.std(ddof=1) / np.sqrt(5), rel=0.2)
     assert narrow.high - narrow.low < 1e-9
     np.testing.assert_array_equal(over_seeds(seeds, 1)[NDCG], over_seeds(seeds, 1)[NDCG])

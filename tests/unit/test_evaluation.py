@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_a_model_of_nans_is_refused_before_it_looks_valid(tiny_run: TinyRun) -> 
         evaluate_part({MODEL: Model(healthy)}, healthy, test, set(), Resampler(), (0, 1))
 
 
+def test_a_history_of_items_without_training_events_breaks_nothing(tiny_run: TinyRun) -> None:
+    predictor, test = bundle.load(tiny_run.bundle_root), windows_of(tiny_run.data, "test")
+    test.columns["history_item"] = np.full_like(test.columns["history_item"], predictor.schema.n_items - 1)  # "new"
+    test.columns["seen_item"] = np.full_like(test.columns["seen_item"], predictor.schema.n_items - 1)
+    reduced = evaluate_part({MODEL: Model(predictor)}, predictor, test, set(), Resampler(20), (0, 1))
+    metrics = report_numbers(predictor.config, tiny_run.data, predictor, reduced, {}, {}, Resampler(20)).metrics
+    json.dumps(metrics, allow_nan=False)
+    assert metrics["model"]["retrieval"]["popularity_lift@10"] > 1  # any item is more popular than one without events
+
+
 def test_a_split_without_test_targets_is_refused(tmp_path: Path) -> None:
     """leave_one_out on users with two positives each leaves nothing to test."""
     (tmp_path / "log").mkdir()
@@ -135,14 +146,19 @@ def test_blocks_hold_whole_users(tiny_run: TinyRun) -> None:
 # --------------------------------------------------------------------------- baselines of the other tasks
 
 
-def test_a_training_row_does_not_see_its_own_label() -> None:
-    item, label = np.array([0, 0, 1, 1]), np.array([1.0, 3.0, 5.0, np.nan])
+def test_a_training_row_sees_earlier_labels_of_its_item_alone() -> None:
+    item, label = np.array([0, 1, 0, 0, 1]), np.array([1.0, 5.0, 4.0, np.nan, 2.0])
+    time, row = np.array([30, 10, 10, 40, 10]), np.arange(5)
     means = ItemMeans(item, label, 3)
-    assert means.means().tolist() == [2, 5, 3]  # an item without labels has the overall mean
-    own = means.features(item, label)
-    # shrunk by one overall mean (3): the other label of item 0 with it, nothing but it for item 1
-    assert own[:, 0].tolist() == [(3 + 3) / 2, (1 + 3) / 2, 3, (5 + 3) / 2]
-    assert means.features(np.array([0]))[0, 0] == (4 + 3) / 3
+    assert means.means().tolist() == [2.5, 3.5, 3]  # an item without labels has the overall mean
+    # shrunk by one overall mean (3); item 0 in time: 4 at 10, 1 at 30, none at 40; item 1: 5, then 2 in the next row
+    found = means.earlier(item, label, time, row)
+    assert found[:, 0].tolist() == pytest.approx([(4 + 3) / 2, 3, 3, (4 + 1 + 3) / 3, (5 + 3) / 2])
+    assert np.expm1(found[:, 1]).tolist() == pytest.approx([1, 0, 0, 2, 1])
+    changed = label.copy()
+    changed[0] = 5.0
+    assert means.earlier(item, changed, time, row)[0].tolist() == found[0].tolist()  # its own label moves nothing of it
+    assert means.features(np.array([0]))[0, 0] == (5 + 3) / 3
 
 
 def test_boosting_sees_what_is_visible_at_each_target_alone(tiny_run: TinyRun) -> None:

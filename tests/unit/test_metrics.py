@@ -203,6 +203,36 @@ def test_lists_by_hand() -> None:
     np.testing.assert_allclose(out["popularity_lift@10"], [0.375 / 0.25 - 1, np.nan, 0.125 / 0.5 - 1, np.nan])
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_list_metrics_are_those_of_plain_loops(seed: int) -> None:
+    from itertools import combinations
+
+    from scipy.spatial.distance import cosine
+
+    rng = np.random.default_rng(seed)
+    n, rows = 12, 4
+    vectors = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(n, 3))), dim=-1)
+    share = rng.dirichlet(np.ones(n))
+    top = np.array([[*rng.permutation(n)[:k], *[-1] * (6 - k)] for k in rng.integers(0, 7, rows)])
+    history = rng.random(rows)
+    out = m.list_metrics(top, vectors, share, history)
+    exposure = np.zeros(n)
+    for b in range(rows):
+        items = [int(i) for i in top[b] if i >= 0]
+        exposure[items] += 1
+        assert np.isnan(out["novelty@10"][b]) == (not items) and np.isnan(out["diversity@10"][b]) == (len(items) < 2)
+        if items:
+            assert out["novelty@10"][b] == pytest.approx(np.mean([-math.log2(share[i]) for i in items]))
+            assert out["popularity_lift@10"][b] == pytest.approx(np.mean([share[i] for i in items]) / history[b] - 1)
+        if len(items) > 1:
+            pairs = [cosine(vectors[i].numpy(), vectors[j].numpy()) for i, j in combinations(items, 2)]
+            assert out["diversity@10"][b] == pytest.approx(np.mean(pairs), abs=1e-6)
+    if exposure.any():  # half the relative mean absolute difference
+        differences = np.abs(exposure[:, None] - exposure[None, :]).mean()
+        assert m.gini(exposure) == pytest.approx(differences / (2 * exposure.mean()))
+
+
 def test_gini_is_zero_for_equal_exposure_and_large_for_one_item() -> None:
     assert m.gini(floats(3, 3, 3, 3)) == pytest.approx(0)
     assert m.gini(floats(0, 0, 0, 8)) == pytest.approx(3 / 4)

@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from torchmetrics.functional.classification import binary_calibration_error
 
 from mtrec_ray.config import BinaryTask, ProfileTask, RegressionTask, RetrievalTask, SimilarityTask
+from mtrec_ray.evaluation import statistics as statistics_module
 from mtrec_ray.evaluation.evaluate import compare_with_baselines, difference, intervals_of, unmeasured
 from mtrec_ray.evaluation.measure import Answers, Facts
 from mtrec_ray.evaluation.reduce import WHOLE, Reducer, Slice, Summary, points_of, slices_of, summarise, whole
@@ -214,8 +215,9 @@ def test_merging_the_same_parts_in_the_same_order_is_equal_to_the_last_bit() -> 
 # --------------------------------------------------------------------------- bootstrap
 
 
-def test_resampled_rows_are_the_metric_of_users_counted_that_often() -> None:
+def test_resampled_rows_are_the_metric_of_users_counted_that_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row b of every metric is what a log would give in which user u stands w(u, b) times."""
+    monkeypatch.setattr(statistics_module, "MIN_USERS", 1)
     facts, answers = random_case(5, 10)
     resampler = Resampler(6, seed=2)
     found = judge(facts, answers, resampler)
@@ -277,6 +279,17 @@ def test_one_user_alone_has_numbers_and_no_interval() -> None:
     assert all(not ranges for ranges in intervals_of(found).values())
     assert any(found.values()) and all(len(v) == 1 for task in found.values() for v in task.values())
     assert difference(np.zeros(1), np.zeros(1))["low"] is None
+
+
+def test_a_metric_of_few_users_has_no_interval_however_many_others_there_are() -> None:
+    facts, answers = random_case(12, 40)
+    few = np.isin(facts.user[facts.point_moment], ["u0", "u1", "u2"])
+    facts.labels["like"] = np.where(few, 1.0 * (np.arange(len(few)) % 2), np.nan)
+    found = judge(facts, answers, Resampler(100))
+    assert 0 < len(set(facts.user[facts.point_moment][few])) < statistics_module.MIN_USERS
+    assert all(len(v) == 1 for v in found["like"].values()) and {"auc", "logloss", "ece"} <= set(found["like"])
+    assert intervals_of(found)["like"] == {} and "rmse" in intervals_of(found)["rating"]
+    assert len(found["rating"]["rmse"]) == 101
 
 
 def test_without_resamples_there_is_no_interval_and_no_comparison() -> None:
