@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mtrec_ray.evaluation import metrics as m
 from mtrec_ray.evaluation.measure import Model, System, measure
 from mtrec_ray.evaluation.reduce import COUNTS, WHOLE, Reducer, Summary, points_of, slices_of, summarise, whole
 from mtrec_ray.evaluation.statistics import FloatArray, Resampler, Statistics, interval
@@ -125,7 +124,3 @@ def unmeasured(summary: Summary, tasks: dict[str, Any]) -> dict[str, str]:
             kind = tasks[name].kind
             out[name] = reasons.get(kind, "no target with the label") + " in this split"
     return out
-
-
-def lower_is_better(metric: str) -> bool:
-    return metric in m.LOWER_IS_BETTER

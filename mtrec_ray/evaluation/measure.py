@@ -230,17 +230,20 @@ def item_shares(predictor: Predictor) -> FloatArray:
     return np.asarray(count_N / count_N.sum())
 
 
-def facts_of(predictor: Predictor, moments: Moments) -> Facts:
+def facts_of(predictor: Predictor, moments: Moments, lists: bool) -> Facts:
+    """lists: whether the popularity of histories is wanted, which only lists are compared with."""
     tasks, columns = predictor.config.tasks, moments.cache.columns
     pair_moment, pair_item = m.relevant_items(moments.row, moments.item_T, moments.column("target_positive").astype(bool))
-    visible = moments.visible()
-    count = np.diff(visible.indptr)
-    share = np.asarray(visible @ item_shares(predictor))
+    history_share = np.full(len(moments), np.nan)
+    if lists:
+        visible = moments.visible()
+        count = np.diff(visible.indptr)
+        np.divide(np.asarray(visible @ item_shares(predictor)), count, out=history_share, where=count > 0)
     pointwise = {n: t.label for n, t in tasks.items() if isinstance(t, RegressionTask | BinaryTask)}
     return Facts(
         user=moments.user_ids,
         visible=moments.events.astype(np.int64),
-        history_share=np.divide(share, count, out=np.full(len(count), np.nan), where=count > 0),
+        history_share=history_share,
         fold=columns["fold"][moments.index].astype(np.int64),
         pair_moment=pair_moment,
         pair_item=pair_item,
@@ -303,7 +306,7 @@ def measure(
     facts, answers = [], []
     for piece in np.array_split(index, max(1, -(-len(index) // batch_windows))):
         moments = Moments.of(predictor.schema, cache, piece)
-        facts.append(facts_of(predictor, moments))
+        facts.append(facts_of(predictor, moments, lists))
         answers.append({name: ask(system, moments, facts[-1], lists) for name, system in systems.items()})
     return Facts.join(facts), {name: Answers.join([a[name] for a in answers]) for name in systems}
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mtrec_ray import bundle, storage
 from mtrec_ray.evaluation import figures as f
 from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER
+from mtrec_ray.evaluation.statistics import interval
 from mtrec_ray.predictor import Predictor
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -201,10 +202,8 @@ class _Page:
             attribute = _slice_order(name)[0] == 2
             if values is None or (attribute and len(self.metrics["slices"]) > 60):
                 continue
-            resampled = values[1:][~np.isnan(values[1:])]
-            ends = None if len(resampled) < 20 else tuple(float(v) for v in np.quantile(resampled, (0.025, 0.975)))
             moments = self.metrics["slices"].get(name, self.metrics["model"].get(self.retrieval, {})).get("moments", 0)
-            out.append((f"{name}  ({moments:,.0f})", float(values[0]), ends, name == "all"))  # type: ignore[arg-type]
+            out.append((f"{name}  ({moments:,.0f})", float(values[0]), interval(values), name == "all"))
         return out
 
     def slice_table(self) -> str:

@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from mtrec_ray.hashing import GOLDEN, mix
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 HashArray = NDArray[np.uint64]
@@ -32,14 +34,6 @@ def user_hash(user_ids: NDArray[np.object_]) -> HashArray:
     return pd.util.hash_array(np.asarray(user_ids, dtype=object), hash_key="mtrec_bootstrap!", categorize=False)
 
 
-def _mix(z: HashArray) -> HashArray:
-    """splitmix64's finaliser (Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
 @dataclass(frozen=True)
 class Resampler:
     """Bootstrap weights of users."""
@@ -51,10 +45,10 @@ class Resampler:
         """Hashes of U users -> weight_UR; column 0 is 1."""
         out = np.ones((len(users), 1 + self.resamples), np.float32)
         with np.errstate(over="ignore"):
-            stream = _mix(np.arange(1, 1 + self.resamples, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(self.seed))
+            stream = mix(np.arange(1, 1 + self.resamples, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(self.seed))
         for start in range(0, len(users), 1024):
             block = users[start : start + 1024]
-            uniform = (_mix(block[:, None] ^ stream[None, :]) >> np.uint64(11)).astype(np.float64) / 2**53
+            uniform = (mix(block[:, None] ^ stream[None, :]) >> np.uint64(11)).astype(np.float64) / 2**53
             out[start : start + 1024, 1:] = np.searchsorted(_POISSON, uniform, side="right")
         return out
 

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from mtrec_ray import storage
+from mtrec_ray.hashing import GOLDEN, mix
 from mtrec_ray.models.batch import Batch, TargetBatch, collate_history
 from mtrec_ray.schema import LogSchema
 
@@ -148,12 +149,9 @@ class PairSampler:
 
 
 def _hash(values: NDArray[np.integer[Any]], seed: int) -> NDArray[np.uint64]:
-    """splitmix64 (Steele et al. 2014) of (value, seed)."""
+    """splitmix64 of (value, seed)."""
     with np.errstate(over="ignore"):
-        z = values.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        return mix(values.astype(np.uint64) + np.uint64(seed * GOLDEN % 2**64))
 
 
 def collate(

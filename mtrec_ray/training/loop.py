@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mtrec_ray.balancing.weights import build_balancer
 from mtrec_ray.config import RunConfig, TrainConfig
+from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.training import distributed
 from mtrec_ray.training.feed import CachedFeed
@@ -203,9 +204,6 @@ def fit(
             }  # fmt: skip
         report(epoch, scalars, state)
     return Fitted(best_state, best_epoch, best_value, rows_read, rows_trained, time.perf_counter() - started, events)
-
-
-LOWER_IS_BETTER = ("rmse", "mae", "logloss")
 
 
 def _monitored(valid: Metrics, monitor: str) -> float:

@@ -103,3 +103,13 @@ def test_tokens_change_with_every_part_of_an_event(model: Recommender, cache: Wi
     for a, b in ((base, gap), (gap, context), (context, action)):
         assert not torch.allclose(a[0, 1], b[0, 1])
         torch.testing.assert_close(a[0, 0], b[0, 0])
+
+
+def test_the_best_checkpoint_has_the_smallest_error_and_the_largest_gain() -> None:
+    from mtrec_ray.training.loop import _monitored
+
+    good = {"like": {"auc": 0.9, "ece": 0.1, "normalised_entropy": 0.5, "logloss": 0.3}, "rating": {"rmse": 1.0, "mae": 0.8}}
+    bad = {"like": {"auc": 0.8, "ece": 0.2, "normalised_entropy": 0.6, "logloss": 0.4}, "rating": {"rmse": 1.1, "mae": 0.9}}
+    for task, metrics in good.items():
+        for metric in metrics:
+            assert _monitored(good, f"{task}/{metric}") > _monitored(bad, f"{task}/{metric}"), metric
