@@ -124,8 +124,8 @@ class DataConfig(_Model):
     interactions: TableConfig
     items: TableConfig | None = None
     users: TableConfig | None = None
-    time_unit: Literal["s", "ms", "us", "ns"] = "ms"
-    """Unit of the log's timestamps; inside, time is int64 milliseconds UTC."""
+    time_unit: Literal["s", "ms", "us", "ns", "iso"] = "ms"
+    """Unit of the log's timestamps, or `iso` for ISO 8601 texts; inside, time is int64 milliseconds UTC."""
     labels: dict[str, LabelConfig]
     actions: tuple[str, ...] = ()
     """Labels that the history shows the trunk. Default: all that are not expressions."""

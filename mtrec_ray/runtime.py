@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import pickle
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -16,6 +18,10 @@ from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 
 log = logging.getLogger(__name__)
+
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # A busy small machine needs more than Serve's five seconds to start a proxy; set before Ray starts.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
@@ -47,22 +53,56 @@ def connect(num_cpus: int | None = None) -> None:
 
 
 def collect(dataset: Any, what: str, total: int, every: float = 5.0) -> list[dict[str, Any]]:
-    """All rows of a small Ray Data result as they come, with a progress line at most every so many seconds.
+    """All rows of a small Ray Data result, with a progress line at most every so many seconds.
 
     On a terminal Ray Data's own bars show the operators too.
     """
+    return list(_rows_with_progress(dataset, what, total, every))
+
+
+def _rows_with_progress(dataset: Any, what: str, total: int, every: float) -> Iterator[dict[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False
-    rows: list[dict[str, Any]] = []
     started = told = time.perf_counter()
-    for row in dataset.iter_rows():
-        rows.append(row)
+    for n, row in enumerate(dataset.iter_rows(), 1):
         now = time.perf_counter()
-        if now - told >= every or len(rows) == total:
+        if now - told >= every or n == total:
             told = now
-            log.info("%s: %d of %d, %.0f s", what, len(rows), total, now - started)
-    return rows
+            log.info("%s: %d of %d, %.0f s", what, n, total, now - started)
+        yield row
+
+
+def for_each(
+    function: Callable[[Shared, Item], Result],
+    shared: Shared,
+    items: Sequence[Item],
+    what: str,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[int, Result]]:
+    """function(shared, item) for every item, as Ray Data tasks -> (place of the item, result), as they are done.
+
+    shared is sent to every worker once; results are small, large ones are written to files by the function. A ValueError
+    of a task is raised here as it is, and the other tasks end.
+    options: of Ray Data's `map`, such as `num_cpus`.
+    """
+    if not items:
+        return
+    ref = ray.put((function, shared, list(items)))
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        work, common, all_items = ray.get(ref)
+        try:
+            return {"place": row["place"], "out": pickle.dumps(work(common, all_items[int(row["place"])])), "error": b""}
+        except ValueError as error:  # a user's mistake: said once, by the driver, without Ray Data's wrapping
+            return {"place": row["place"], "out": b"", "error": pickle.dumps(error)}
+
+    rows = [{"place": i} for i in range(len(items))]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, **(options or {}))
+    for row in _rows_with_progress(dataset, what, len(items), 5.0):
+        if row["error"]:
+            raise pickle.loads(row["error"])
+        yield int(row["place"]), pickle.loads(row["out"])
 
 
 def preflight(config: RunConfig, out: str) -> None:

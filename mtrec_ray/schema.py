@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
@@ -47,6 +49,11 @@ class ContextSpec(_Model):
     def encode(self, values: Sequence[object | None]) -> NDArray[np.int32]:
         index = {v: i + 1 for i, v in enumerate(self.values)}
         return np.array([index.get(str(v), 0) if v is not None else 0 for v in values], dtype=np.int32)
+
+    def encode_column(self, values: pa.Array) -> NDArray[np.int32]:
+        """The same for an Arrow column of strings."""
+        known = pc.index_in(values, value_set=pa.array(self.values, pa.string()))
+        return np.asarray(known.fill_null(-1).to_numpy() + 1, dtype=np.int32)
 
 
 class AttributeSpec(_Model):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import pyarrow as pa
 
-from mtrec_ray import bundle, storage
+from mtrec_ray import bundle, runtime, storage
 from mtrec_ray.config import RunConfig, parse_config
-from mtrec_ray.data import prepare as prepare_module
+from mtrec_ray.data.prepare import prepare
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.training.worker import build_model, load_schema, run_worker
@@ -102,38 +100,16 @@ def make_config(folder: Path, change: Callable[[dict[str, Any]], None] | None = 
     return parse_config(raw)
 
 
-class _LocalDataset:
-    """As much of ray.data as prepare uses, in this process."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
-
-    def map_batches(self, function: Callable[..., Iterator[pa.Table]], **_: Any) -> _LocalDataset:
-        return _LocalDataset([t for row in self.rows for t in function({k: [v] for k, v in row.items()})])
-
-    def groupby(self, key: str, **_: Any) -> _LocalDataset:
-        whole = pa.concat_tables(self.rows)
-        return _LocalDataset([whole.filter(pa.compute.equal(whole[key], v)) for v in sorted(set(whole[key].to_pylist()))])
-
-    def map_groups(self, function: Callable[[pa.Table], pa.Table], **_: Any) -> _LocalDataset:
-        return _LocalDataset([row for table in self.rows for row in function(table).to_pylist()])
-
-    def map(self, function: Callable[[dict[str, Any]], dict[str, Any]]) -> _LocalDataset:
-        return _LocalDataset([function(row) for row in self.rows])
-
-    def iter_rows(self) -> Iterator[Any]:
-        return iter(self.rows)
+def in_this_process(function: Callable[[Any, Any], Any], shared: Any, items: Any, what: str, **_: Any) -> Iterator[tuple[int, Any]]:
+    """`runtime.for_each` without a cluster; the last item is done first, since no order is promised."""
+    for place in reversed(range(len(items))):
+        yield place, function(shared, items[place])
 
 
 def prepare_locally(config: RunConfig, root: str | Path) -> storage.Directory:
-    """`prepare` without a Ray cluster: the same code, its Ray calls answered in this process."""
-    fake = SimpleNamespace(
-        put=lambda value: value,
-        get=lambda value: value,
-        data=SimpleNamespace(from_items=lambda rows, **_: _LocalDataset(rows)),
-    )
-    with mock.patch.object(prepare_module, "ray", fake):
-        return prepare_module.prepare(config, str(root))
+    """`prepare` without a Ray cluster: the same tasks, run in this process."""
+    with mock.patch.object(runtime, "for_each", in_this_process):
+        return prepare(config, str(root))
 
 
 def train_locally(config: RunConfig, data: storage.Directory) -> Recommender:

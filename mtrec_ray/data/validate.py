@@ -11,11 +11,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mtrec_ray.config import DataConfig
+from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.data.sources import ROW, id_strings
 from mtrec_ray.expressions import Expression
 
+ROW_BITS = 40
+"""A row's number is (index of its file) · 2^40 + (its place in the file)."""
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
 _TO_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
+_DAY_MS = 86_400_000
 _LATEST_MS = 7_258_118_400_000  # the year 2200: a later time is a wrong unit
 
 QUARANTINE = pa.schema([(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
@@ -41,26 +45,48 @@ def event_schema(data: DataConfig) -> pa.Schema:
     )
 
 
+class _Reasons:
+    """The first reason why each row is bad; 0 is none."""
+
+    def __init__(self, rows: int) -> None:
+        self.code = np.zeros(rows, np.int16)
+        self.texts: list[str | None] = [None]
+
+    def mark(self, bad: NDArray[np.bool_], why: str) -> None:
+        if bad.any():
+            self.texts.append(why)
+            self.code[bad & (self.code == 0)] = len(self.texts) - 1
+
+    @property
+    def bad(self) -> NDArray[np.bool_]:
+        return self.code != 0
+
+    def text(self) -> NDArray[np.object_]:
+        return np.array(self.texts, dtype=object)[self.code]
+
+
 def validate(
-    table: pa.Table, data: DataConfig, file: str, known_items: pa.Array | None, known_users: pa.Array | None
+    table: pa.Table, data: DataConfig, file: str, known_items: NDArray[np.uint64] | None = None, now_ms: int | None = None
 ) -> tuple[pa.Table, pa.Table]:
     """Rows as read -> (events, quarantined rows). Every row is in exactly one of the two.
 
-    The first reason that applies is kept. Missing labels are fine (they are masked later).
+    known_items: sorted hashes of the items table's ids; two ids with one hash pass for each other (one in 10^13 with a
+    million unknown ids beside a million known ones), which leaves an item without a text. now_ms: later events than
+    this and a day are in the future. The first reason that applies is kept. Missing labels are fine (they are masked
+    later).
     """
-    n = len(table)
-    reason: NDArray[np.object_] = np.full(n, None, dtype=object)
-
-    def mark(bad: NDArray[np.bool_], why: str) -> None:
-        reason[bad & (reason == None)] = why  # noqa: E711
-
+    reasons = _Reasons(len(table))
+    mark = reasons.mark
     users, items = id_strings(table[USER]), id_strings(table[ITEM])
     mark(users.is_null().to_numpy(), "user_id is missing")
     mark(items.is_null().to_numpy(), "item_id is missing")
     time = _milliseconds(table[TIME], data.time_unit)
     mark(_empty(table[TIME]), "timestamp is missing")
-    mark(np.isnan(time), "timestamp is not a number")
+    number = "an ISO 8601 time" if data.time_unit == "iso" else "a number"
+    mark(np.isnan(time), f"timestamp is not {number}")
     mark((time < 0) | (time > _LATEST_MS), f"timestamp is outside 1970 to 2200 (time_unit {data.time_unit})")
+    if now_ms is not None:
+        mark(time > now_ms + _DAY_MS, "timestamp is in the future")
     labels: dict[str, NDArray[np.float64]] = {}
     for name, label in data.labels.items():
         if label.expression is not None:
@@ -80,22 +106,24 @@ def validate(
             mark(present & ~np.isin(values, label.values), f"{name} is not one of its values")
         labels[name] = values
     if known_items is not None and data.unknown_items == "quarantine":
-        mark(~pc.is_in(items, value_set=known_items).to_numpy(), "item_id is not in the items table")
-    if known_users is not None and data.unknown_users == "quarantine":
-        mark(~pc.is_in(users, value_set=known_users).to_numpy(), "user_id is not in the users table")
+        hashed = hash_ids(items)
+        place = np.minimum(np.searchsorted(known_items, hashed), max(len(known_items) - 1, 0))
+        known = known_items[place] == hashed if len(known_items) else np.zeros(len(hashed), bool)
+        mark(~known, "item_id is not in the items table")
 
-    bad = np.array([r is not None for r in reason], dtype=bool)
-    rejected = quarantine_rows(table, file, bad, reason)
-    good = np.flatnonzero(~bad)
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        USER: users.take(good),
-        ITEM: items.take(good),
-        TIME: pa.array(time[good].astype(np.int64)),
-        ROW: table[ROW].take(good),
-    }
-    kept = {name: values[good] for name, values in labels.items()}
-    columns |= {name: pa.array(values) for name, values in derive(kept, data, len(good)).items()}
-    columns |= {name: id_strings(table[name]).take(good) for name in data.context}
+    bad = reasons.bad
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {USER: users, ITEM: items, ROW: table[ROW]}
+    columns |= {name: id_strings(table[name]) for name in data.context}
+    if not bad.any():
+        rejected = QUARANTINE.empty_table()
+    else:
+        rejected = quarantine_rows(table, file, bad, reasons.text())
+        good = np.flatnonzero(~bad)
+        columns = {name: values.take(pa.array(good)) for name, values in columns.items()}
+        time = time[good]
+        labels = {name: values[good] for name, values in labels.items()}
+    columns[TIME] = pa.array(time.astype(np.int64))
+    columns |= {name: pa.array(values) for name, values in derive(labels, data, len(time)).items()}
     schema = event_schema(data)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema), rejected
 
@@ -111,15 +139,19 @@ def derive(plain: Mapping[str, NDArray[np.float64]], data: DataConfig, n: int) -
     return out
 
 
-def quarantine_rows(table: pa.Table, file: str, bad: NDArray[np.bool_], reason: NDArray[np.object_]) -> pa.Table:
-    """The bad rows of a table in the quarantine's form."""
+def quarantine_rows(
+    table: pa.Table, file: str | Mapping[int, str], bad: NDArray[np.bool_], reason: NDArray[np.object_]
+) -> pa.Table:
+    """The bad rows of a table in the quarantine's form. file: its name, or the name of each index that rows carry."""
     where = np.flatnonzero(bad)
+    rows = table[ROW].take(where).cast(pa.int64())
+    files = [file] * len(where) if isinstance(file, str) else [file[r >> ROW_BITS] for r in rows.to_pylist()]
     raw_columns = [n for n in table.column_names if n != ROW]
     raw = table.select(raw_columns).take(where).to_pylist()
     return pa.table(
         {
-            ROW: table[ROW].take(where).cast(pa.int64()),
-            "file": pa.array([file] * len(where), pa.string()),
+            ROW: rows,
+            "file": pa.array(files, pa.string()),
             "reason": pa.array([reason[i] for i in where], pa.string()),
             "raw": pa.array([repr(r) for r in raw], pa.string()),
         },
@@ -145,6 +177,10 @@ def _milliseconds(column: pa.ChunkedArray, unit: str) -> NDArray[np.float64]:
     if pa.types.is_timestamp(column.type):
         values = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()).cast(pa.float64())
         return np.asarray(values.to_numpy(), dtype=np.float64)
+    if unit == "iso":
+        text = column.cast(pa.string()).to_pandas()
+        times = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").astype("datetime64[ms, UTC]")
+        return np.where(times.isna(), np.nan, times.astype("int64")).astype(np.float64)
     if unit in ("us", "ns"):  # float64 cannot hold them: whole numbers are divided as such
         per_ms = 1_000 if unit == "us" else 1_000_000
         whole = column

@@ -10,6 +10,8 @@ ragged range of them. See DESIGN §1.2.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,20 +125,53 @@ def ranges(start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Windows as ragged ranges: history indexes `history_index`, targets index the events."""
+    """Windows as ranges: history and seen are ranges of `shown`, which indexes the events; nothing is copied."""
 
     user: IntArray
     number: IntArray
     """Window's number within its user, in time order."""
     count: IntArray
     """Windows of that user."""
-    history_event: IntArray
-    history_offsets: IntArray
+    shown: IntArray
+    """The events that are history, user by user."""
+    history_start: IntArray
+    history_stop: IntArray
     target_event: IntArray
     target_offsets: IntArray
     target_pos: IntArray
-    seen_event: IntArray
-    seen_offsets: IntArray
+    seen_start: IntArray
+    seen_stop: IntArray
+    """Events before the window's history that were not yet `seen` at the user's moment before."""
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def slice(self, start: int, stop: int) -> Layout:
+        """Some consecutive windows."""
+        first, last = int(self.target_offsets[start]), int(self.target_offsets[stop])
+        w, t = slice(start, stop), slice(first, last)
+        return Layout(
+            self.user[w], self.number[w], self.count[w], self.shown, self.history_start[w], self.history_stop[w],
+            self.target_event[t], self.target_offsets[start : stop + 1] - first, self.target_pos[t],
+            self.seen_start[w], self.seen_stop[w],
+        )  # fmt: skip
+
+    def pieces(self, entries: int) -> Iterator[Layout]:
+        """The layout cut where about so many list entries are full, so that tables of it fit in memory."""
+        sizes = self.history_stop - self.history_start + np.diff(self.target_offsets) + self.seen_stop - self.seen_start
+        number = np.cumsum(sizes) // entries
+        bounds = np.concatenate([[0], np.flatnonzero(np.diff(number)) + 1, [len(self)]])
+        for start, stop in itertools.pairwise(bounds):
+            yield self.slice(int(start), int(stop))
+
+    def history(self) -> tuple[IntArray, IntArray]:
+        """-> (events of all histories one after the other, offsets)."""
+        flat, offsets = ranges(self.history_start, self.history_stop)
+        return self.shown[flat], offsets
+
+    def seen(self) -> tuple[IntArray, IntArray]:
+        flat, offsets = ranges(self.seen_start, self.seen_stop)
+        return self.shown[flat], offsets
 
 
 def train_layout(events: Events, split: NDArray[np.int8], length: int, same_time: str) -> Layout:
@@ -156,7 +191,6 @@ def train_layout(events: Events, split: NDArray[np.int8], length: int, same_time
     number = np.arange(window_of_user[-1]) - window_of_user[which]
     end = n[which] - (count[which] - 1 - number) * stride
     start = np.maximum(0, end - capacity)
-    flat, offsets = ranges(base[which] + start, base[which] + end)
 
     target = np.flatnonzero(is_train)
     k = visible_history(events, history, same_time)[target]
@@ -166,10 +200,10 @@ def train_layout(events: Events, split: NDArray[np.int8], length: int, same_time
     order = np.argsort(window, kind="stable")
     target, k, window = target[order], k[order], window[order]
     target_offsets = np.searchsorted(window, np.arange(len(which) + 1)).astype(np.int64)
-    nothing = np.zeros(len(which) + 1, np.int64)
+    nothing = np.zeros(len(which), np.int64)
     return Layout(
-        users[which], number, count[which], history_event[flat], offsets, target, target_offsets, k - start[window],
-        np.zeros(0, np.int64), nothing,
+        users[which], number, count[which], history_event, base[which] + start, base[which] + end,
+        target, target_offsets, k - start[window], nothing, nothing,
     )  # fmt: skip
 
 
@@ -178,7 +212,8 @@ def moment_layout(
 ) -> Layout:
     """One window per (user, moment) of a split: the last L - 1 visible events, and the moment's targets.
 
-    `seen` are the visible events before the window's history, so that history and seen together are all.
+    `seen` of a user's moments up to this one are the visible events before the window's history: a moment holds
+    those that the moment before did not, so that a user of a million events costs a million entries, not their square.
     Visible are earlier events of any split. Under `item_holdout` only those of the training part are (on other
     items, that is); under `random` all events of the user's training part are, earlier or later: one moment.
     """
@@ -231,13 +266,14 @@ def _moments(
 ) -> Layout:
     base = before[events.user_start[user]]
     start = np.maximum(0, k - capacity)
-    flat, offsets = ranges(base + start, base + k)
-    older, older_offsets = ranges(base, base + start)
+    seen_start = base.copy()
+    again = np.flatnonzero(user[1:] == user[:-1]) + 1
+    seen_start[again] = (base + start)[again - 1]
     target_pos = np.repeat(k - start, np.diff(target_offsets))
     ones = np.ones(len(user), np.int64)
     return Layout(
-        user, ones - 1, ones, history_event[flat], offsets, target, target_offsets, target_pos,
-        history_event[older], older_offsets,
+        user, ones - 1, ones, history_event, base + start, base + k, target, target_offsets, target_pos,
+        seen_start, base + start,
     )  # fmt: skip
 
 
@@ -266,28 +302,29 @@ def windows_table(
     def ragged(offsets: IntArray, values: NDArray[np.generic]) -> pa.Array:
         return list_array(offsets, pa.array(values))
 
-    h, t = layout.history_event, layout.target_event
+    (h, h_offsets), (seen, s_offsets) = layout.history(), layout.seen()
+    t, t_offsets = layout.target_event, layout.target_offsets
     columns: dict[str, pa.Array] = {
-        "user_id": events.user_ids.take(pa.array(layout.user)),
+        "user_id": strings(events.user_ids.take(pa.array(layout.user))),
         "window": pa.array(layout.number.astype(np.int32)),
         "profile_weight": pa.array((1.0 / layout.count).astype(np.float32)),
         "fold": pa.array(fold[layout.user]),
-        "history_item": ragged(layout.history_offsets, item[h]),
-        "history_time": ragged(layout.history_offsets, events.time[h]),
-        "history_row": ragged(layout.history_offsets, events.row[h]),
-        "history_positive": ragged(layout.history_offsets, events.is_positive[h].astype(np.int8)),
-        "target_item": ragged(layout.target_offsets, item[t]),
-        "target_time": ragged(layout.target_offsets, events.time[t]),
-        "target_row": ragged(layout.target_offsets, events.row[t]),
-        "target_pos": ragged(layout.target_offsets, layout.target_pos.astype(np.int32)),
-        "target_split": ragged(layout.target_offsets, split[t]),
-        "target_positive": ragged(layout.target_offsets, events.is_positive[t].astype(np.int8)),
-        "seen_item": ragged(layout.seen_offsets, item[layout.seen_event]),
+        "history_item": ragged(h_offsets, item[h]),
+        "history_time": ragged(h_offsets, events.time[h]),
+        "history_row": ragged(h_offsets, events.row[h]),
+        "history_positive": ragged(h_offsets, events.is_positive[h].astype(np.int8)),
+        "target_item": ragged(t_offsets, item[t]),
+        "target_time": ragged(t_offsets, events.time[t]),
+        "target_row": ragged(t_offsets, events.row[t]),
+        "target_pos": ragged(t_offsets, layout.target_pos.astype(np.int32)),
+        "target_split": ragged(t_offsets, split[t]),
+        "target_positive": ragged(t_offsets, events.is_positive[t].astype(np.int8)),
+        "seen_item": ragged(s_offsets, item[seen]),
     }
-    columns |= {f"history_action_{n}": ragged(layout.history_offsets, events.labels[n][h]) for n in actions}
-    columns |= {f"label_{n}": ragged(layout.target_offsets, v[t]) for n, v in events.labels.items()}
-    columns |= {f"history_context_{n}": ragged(layout.history_offsets, v[h]) for n, v in context.items()}
-    columns |= {f"target_context_{n}": ragged(layout.target_offsets, v[t]) for n, v in context.items()}
+    columns |= {f"history_action_{n}": ragged(h_offsets, events.labels[n][h]) for n in actions}
+    columns |= {f"label_{n}": ragged(t_offsets, v[t]) for n, v in events.labels.items()}
+    columns |= {f"history_context_{n}": ragged(h_offsets, v[h]) for n, v in context.items()}
+    columns |= {f"target_context_{n}": ragged(t_offsets, v[t]) for n, v in context.items()}
     columns |= {f"profile_{n}": pa.array(v[layout.user]) for n, v in profile.items()}
     return pa.table(columns)
 
@@ -295,17 +332,21 @@ def windows_table(
 def store_table(layout: Layout, events: Events, actions: list[str]) -> pa.Table:
     """The Parquet form of the history store: the log's own ids; `seen_*` are the events before the history."""
 
-    ragged = list_array
-    h, s = pa.array(layout.history_event), pa.array(layout.seen_event)
+    (h, h_offsets), (s, s_offsets) = layout.history(), layout.seen()
     columns: dict[str, pa.Array] = {
-        "user_id": events.user_ids.take(pa.array(layout.user)),
-        "history_item_id": ragged(layout.history_offsets, events.item_ids.take(h)),
-        "history_time": ragged(layout.history_offsets, pa.array(events.time[layout.history_event])),
-        "seen_item_id": ragged(layout.seen_offsets, events.item_ids.take(s)),
-        "seen_time": ragged(layout.seen_offsets, pa.array(events.time[layout.seen_event])),
+        "user_id": strings(events.user_ids.take(pa.array(layout.user))),
+        "history_item_id": list_array(h_offsets, strings(events.item_ids.take(pa.array(h)))),
+        "history_time": list_array(h_offsets, pa.array(events.time[h])),
+        "seen_item_id": list_array(s_offsets, strings(events.item_ids.take(pa.array(s)))),
+        "seen_time": list_array(s_offsets, pa.array(events.time[s])),
     }
     for name in actions:
-        columns[f"history_action_{name}"] = ragged(layout.history_offsets, pa.array(events.labels[name][layout.history_event]))
+        columns[f"history_action_{name}"] = list_array(h_offsets, pa.array(events.labels[name][h]))
     for name, values in events.context.items():
-        columns[f"history_context_{name}"] = ragged(layout.history_offsets, values.take(h))
+        columns[f"history_context_{name}"] = list_array(h_offsets, strings(values.take(pa.array(h))))
     return pa.table(columns)
+
+
+def strings(values: pa.Array) -> pa.Array:
+    """A dictionary's values as plain strings."""
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,19 @@ class WindowCache:
             user_ids = pa.ipc.open_file(source).read_all()["user_id"].combine_chunks()
         return cls(columns, offsets, user_ids)
 
+    @cached_property
+    def first_of_user(self) -> NDArray[np.int64]:
+        """The first window of each window's user; a user's windows stand together."""
+        codes = self.user_ids.dictionary_encode().indices.to_numpy()
+        new = np.ones(len(self), dtype=bool)
+        new[1:] = codes[1:] != codes[:-1]
+        return np.maximum.accumulate(np.where(new, np.arange(len(self)), 0))
+
     def gather(self, group: str, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ragged ranges of some windows -> (flat positions into the group's columns, length of each)."""
         start, stop = self.offsets[group][index], self.offsets[group][index + 1]
+        if group == "seen":  # a moment holds what the user's moment before did not
+            start = self.offsets[group][self.first_of_user[index]]
         length = np.asarray(stop - start)
         begin = np.concatenate([[0], np.cumsum(length)])[:-1]
         return np.arange(length.sum()) + np.repeat(start - begin, length), length

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrec_ray.config import DataConfig
+from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.data.sources import ROW
 from mtrec_ray.data.validate import QUARANTINE, derive, event_schema, needed_columns, validate
 
@@ -43,9 +44,9 @@ def log(*rows: dict[str, Any], **columns: Any) -> pa.Table:
     return pa.table(table | {ROW: pa.array(range(100, 100 + length), pa.int64())})
 
 
-def run(table: pa.Table, data: DataConfig | None = None, items: Any = ITEMS, users: Any = USERS) -> tuple[pa.Table, pa.Table]:
+def run(table: pa.Table, data: DataConfig | None = None, items: Any = ITEMS) -> tuple[pa.Table, pa.Table]:
     data = data or config()
-    events, rejected = validate(table, data, "log.csv", items, users)
+    events, rejected = validate(table, data, "log.csv", None if items is None else np.sort(hash_ids(items)))
     assert events.schema == event_schema(data) and rejected.schema == QUARANTINE
     assert sorted(events[ROW].to_pylist() + rejected[ROW].to_pylist()) == table[ROW].to_pylist()
     return events, rejected
@@ -98,12 +99,12 @@ def test_the_columns_read_are_ids_time_plain_labels_and_context() -> None:
 
 
 def test_ids_are_strings_as_they_stand_in_the_log() -> None:
-    events, _ = run(log({"user_id": "007", "item_id": " ü"}), items=None, users=None)
+    events, _ = run(log({"user_id": "007", "item_id": " ü"}), items=None)
     assert (events["user_id"].to_pylist(), events["item_id"].to_pylist()) == (["007"], [" ü"])
 
 
 def test_integer_ids_of_a_typed_log_are_strings_too() -> None:
-    events, _ = run(log({}, user_id=pa.array([7]), item_id=pa.array([12.0])), items=None, users=None)
+    events, _ = run(log({}, user_id=pa.array([7]), item_id=pa.array([12.0])), items=None)
     assert (events["user_id"].to_pylist(), events["item_id"].to_pylist()) == (["7"], ["12"])
 
 
@@ -201,23 +202,13 @@ def test_times_in_the_wrong_unit_are_quarantined() -> None:
     assert reason({"timestamp": "1700000000000000"}) == "timestamp is outside 1970 to 2200 (time_unit ms)"
 
 
-def test_an_unknown_user_is_quarantined_where_the_config_says_so() -> None:
-    assert reason({"user_id": "w"}, config(unknown_users="quarantine")) == "user_id is not in the users table"
-
-
-def test_an_unknown_user_is_kept_by_default() -> None:
-    events, rejected = run(log({"user_id": "w"}))
-    assert events["user_id"].to_pylist() == ["w"] and rejected.num_rows == 0
-
-
 def test_an_unknown_item_is_kept_where_the_config_says_so() -> None:
     events, rejected = run(log({"item_id": "x"}), config(unknown_items="keep"))
     assert events["item_id"].to_pylist() == ["x"] and rejected.num_rows == 0
 
 
-def test_without_an_items_and_a_users_table_no_id_is_unknown() -> None:
-    data = config(unknown_users="quarantine")
-    _, rejected = run(log({"user_id": "w", "item_id": "x"}), data, items=None, users=None)
+def test_without_an_items_table_no_id_is_unknown() -> None:
+    _, rejected = run(log({"item_id": "x"}), items=None)
     assert rejected.num_rows == 0
 
 
@@ -345,7 +336,7 @@ def test_milliseconds_come_back_unchanged_from_whole_seconds_milliseconds_and_mi
 
 
 def test_a_float_id_that_is_nan_is_missing() -> None:
-    _, rejected = run(log({}, {}, user_id=pa.array([7.0, NAN])), items=None, users=None)
+    _, rejected = run(log({}, {}, user_id=pa.array([7.0, NAN])), items=None)
     assert rejected["reason"].to_pylist() == ["user_id is missing"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec_ray.data import prepare, windows
+from mtrec_ray.data import fit, windows
 from mtrec_ray.data.partition import user_partition
 from mtrec_ray.data.validate import event_schema
 from mtrec_ray.data.windows import TEST, TRAIN, VALID, Events, Layout
@@ -78,26 +78,30 @@ class Window(NamedTuple):
 
 
 def unroll(layout: Layout, events: Events) -> list[Window]:
-    h, t, s = layout.history_offsets, layout.target_offsets, layout.seen_offsets
-    assert len(h) == len(t) == len(s) == len(layout.user) + 1
-    assert (h[-1], t[-1], s[-1]) == (len(layout.history_event), len(layout.target_event), len(layout.seen_event))
-    return [
-        Window(
-            events.user_ids[int(layout.user[w])].as_py(),
-            int(layout.number[w]),
-            int(layout.count[w]),
-            events.row[layout.history_event[h[w] : h[w + 1]]].tolist(),
-            list(
-                zip(
-                    events.row[layout.target_event[t[w] : t[w + 1]]].tolist(),
-                    layout.target_pos[t[w] : t[w + 1]].tolist(),
-                    strict=True,
-                )
-            ),
-            events.row[layout.seen_event[s[w] : s[w + 1]]].tolist(),
+    """What each window means: `seen` holds what the user's window before did not, so it is added up."""
+    (h, h_offsets), (s, s_offsets), t = layout.history(), layout.seen(), layout.target_offsets
+    assert len(h_offsets) == len(t) == len(s_offsets) == len(layout.user) + 1
+    assert (h_offsets[-1], t[-1], s_offsets[-1]) == (len(h), len(layout.target_event), len(s))
+    out: list[Window] = []
+    for w in range(len(layout.user)):
+        again = w > 0 and layout.user[w] == layout.user[w - 1]
+        out.append(
+            Window(
+                events.user_ids[int(layout.user[w])].as_py(),
+                int(layout.number[w]),
+                int(layout.count[w]),
+                events.row[h[h_offsets[w] : h_offsets[w + 1]]].tolist(),
+                list(
+                    zip(
+                        events.row[layout.target_event[t[w] : t[w + 1]]].tolist(),
+                        layout.target_pos[t[w] : t[w + 1]].tolist(),
+                        strict=True,
+                    )
+                ),
+                (out[-1].seen if again else []) + events.row[s[s_offsets[w] : s_offsets[w + 1]]].tolist(),
+            )
         )
-        for w in range(len(layout.user))
-    ]
+    return out
 
 
 # --------------------------------------------------------------------------- the reference: plain loops
@@ -282,9 +286,9 @@ def test_training_windows_hold_training_events_alone(log: list[Row], length: int
     events = make_events(log)
     split = split_of(events, protocol)
     layout = windows.train_layout(events, split, length, same_time)
-    assert (split[layout.history_event] == TRAIN).all()
+    assert (split[layout.history()[0]] == TRAIN).all()
     assert (split[layout.target_event] == TRAIN).all()
-    assert len(layout.seen_event) == 0
+    assert len(layout.seen()[0]) == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -426,7 +430,7 @@ def test_item_holdout_hides_whole_items_from_training_and_from_every_history() -
     for which in (VALID, TEST):
         layout = windows.moment_layout(events, split, which, 50, "order", "item_holdout")
         assert sorted(layout.target_event) == np.flatnonzero(split == which).tolist()  # every event on them is a target
-        assert held.isdisjoint(items[layout.history_event]) and held.isdisjoint(items[layout.seen_event])
+        assert held.isdisjoint(items[layout.history()[0]]) and held.isdisjoint(items[layout.seen()[0]])
 
 
 def test_random_folds_part_the_log_and_show_the_whole_training_part() -> None:
@@ -555,7 +559,7 @@ def test_an_event_without_its_label_is_neither_history_nor_positive(tmp_path: Pa
         },
         schema=event_schema(config.data),
     )
-    events = prepare.to_events(config, table)
+    events = fit.to_events(config, table)
     assert events.user_ids.to_pylist() == ["u", "w"] and events.user.tolist() == [0, 0, 0, 1]
     assert events.user_start.tolist() == [0, 3, 4] and events.row.tolist() == [5, 9, 7, 6]
     assert events.is_history.tolist() == [True, False, False, True]

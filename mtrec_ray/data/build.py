@@ -1,0 +1,176 @@
+"""Pass 3 of prepare: items get their numbers, partitions become windows and histories, ranges become the catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mtrec_ray import storage
+from mtrec_ray.data import ids, windows
+from mtrec_ray.data.catalogue import catalogue_rows, item_columns
+from mtrec_ray.data.events import Job, read_events, users_of
+from mtrec_ray.data.fit import profile_codes, split_events, to_events
+from mtrec_ray.schema import LogSchema
+
+SPLITS = {windows.TRAIN: "train", windows.VALID: "valid", windows.TEST: "test"}
+_CODES = pa.schema([("kind", pa.int8()), ("rank", pa.int64())])
+_RECENT = pa.schema([("item_id", pa.string()), ("recent", pa.int64())])
+_LIST_ENTRIES = 8 << 20
+"""List entries of windows that are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the tasks of this pass know beside the job."""
+
+    job: Job
+    bounds: list[str]
+    """Splitters of the ranges of item ids."""
+    cuts: tuple[int, int] = (0, 0)
+    recent_since: int = 0
+    numbers: ids.Numbers | None = None
+    schema: LogSchema | None = None
+    parts: list[int] = field(default_factory=list)
+    """Partitions that have events."""
+
+
+def _range(plan: Plan, kind: str, number: int) -> str:
+    return plan.job.work(kind, f"range-{number:05d}.parquet")
+
+
+# --------------------------------------------------------------------------- items
+
+
+def number_items(plan: Plan, which: int) -> tuple[int, int]:
+    """Number the items of one range, and tell every partition what its own became -> (new training items, others)."""
+    job = plan.job
+    lists = [ids.share(storage.read_table(job.work("distinct", f"part-{p:05d}.parquet")), plan.bounds, which) for p in plan.parts]
+    others = [ids.share(t, plan.bounds, which)["item_id"].combine_chunks() for t in _item_units(plan, ["item_id"])]
+    found = ids.number_range(lists, others)
+    codes = [pa.table([pa.array(found.kind[c]), pa.array(found.rank[c])], schema=_CODES) for c in found.codes]
+    filesystem, path = storage.resolve(job.work("codes", f"range-{which:05d}.arrow"))
+    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+    with filesystem.open_output_stream(path) as sink, pa.ipc.new_file(sink, _CODES) as writer:
+        for table in codes:
+            batches = table.combine_chunks().to_batches()
+            writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=_CODES))
+    columns = [found.item_ids, pa.array(found.kind), pa.array(found.rank), pa.array(found.count)]
+    storage.write_table(_range(plan, "numbers", which), pa.table(columns, names=["item_id", "kind", "rank", "count"]))
+    return int((found.kind == ids.NEW).sum()), int((found.kind == ids.REST).sum())
+
+
+def _item_units(plan: Plan, columns: list[str]) -> list[pa.Table]:
+    """The items table, unit by unit."""
+    root = plan.job.work("items")
+    if plan.job.data.items is None:
+        return []
+    return [storage.read_table(storage.join(root, p.rsplit("/", 1)[1]), columns) for p in storage.list_files(root, ".parquet")]
+
+
+def positions_of(plan: Plan, number: int) -> NDArray[np.int32]:
+    """Catalogue positions of a partition's distinct items."""
+    assert plan.numbers is not None
+    place, found = plan.parts.index(number), []
+    root = plan.job.work("codes")
+    filesystem, _ = storage.resolve(root)
+    for which, path in enumerate(storage.list_files(root, ".arrow")):
+        with filesystem.open_input_file(path) as source:
+            batch = pa.ipc.open_file(source).get_batch(place)
+        found.append(plan.numbers.positions(batch["kind"].to_numpy(), batch["rank"].to_numpy(), which))
+    return np.concatenate(found).astype(np.int32)
+
+
+def build_range(plan: Plan, which: int) -> int:
+    """Catalogue rows of one range of items -> their number."""
+    job, recent = plan.job, []
+    numbered = storage.read_table(_range(plan, "numbers", which))
+    item_ids = numbered["item_id"].combine_chunks()
+    total = np.zeros(len(item_ids), np.int64)
+    for part in plan.parts:
+        recent = ids.share(storage.read_table(job.work("recent", f"part-{part:05d}.parquet")), plan.bounds, which)
+        total[pc.index_in(recent["item_id"].combine_chunks(), value_set=item_ids).to_numpy()] += recent["recent"].to_numpy()
+    items = None
+    if job.data.items is not None:
+        shares = [ids.share(t, plan.bounds, which) for t in _item_units(plan, item_columns(job.data))]
+        items = pa.concat_tables(shares) if shares else None
+    kind = numbered["kind"].to_numpy()
+    trained = kind != ids.REST
+    rows = catalogue_rows(job.data, items, item_ids, trained, numbered["count"].to_numpy(), np.where(trained, total, 0))
+    for name in ("kind", "rank"):
+        rows = rows.append_column(name, numbered[name])
+    storage.write_table(_range(plan, "catalogue", which), rows)
+    return len(rows)
+
+
+def assemble_catalogue(plan: Plan, _: int) -> int:
+    """catalogue.parquet in the order of positions, from the ranges, one after the other -> rows."""
+    paths = storage.list_files(plan.job.work("catalogue"), ".parquet")
+    filesystem, target = storage.resolve(storage.join(plan.job.prefix, "catalogue.parquet"))
+    written, writer = 0, None
+
+    def rows_of(kind: int) -> list[pa.Table]:
+        return [t.filter(pc.equal(t["kind"], kind)) for t in (pq.read_table(p, filesystem=filesystem) for p in paths)]
+
+    try:
+        for kind in (ids.OLD, ids.NEW, ids.REST):
+            for table in [pa.concat_tables(rows_of(kind)).sort_by("rank")] if kind == ids.OLD else rows_of(kind):
+                table = table.drop_columns(["kind", "rank"])
+                writer = writer or pq.ParquetWriter(target, table.schema, filesystem=filesystem, compression="zstd")
+                if len(table):
+                    writer.write_table(table)
+                written += len(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    return written
+
+
+# --------------------------------------------------------------------------- windows
+
+
+def user_fold(user_ids: pa.Array) -> NDArray[np.int8]:
+    """Users hashed into ten folds, for profiles."""
+    hashed = pd.util.hash_array(user_ids.to_pandas().to_numpy(dtype=object), hash_key="mtrec_ray_folds!", categorize=False)
+    return ((hashed >> np.uint64(32)) % np.uint64(10)).astype(np.int8)
+
+
+def build_windows(plan: Plan, number: int) -> dict[str, int]:
+    """Windows, moments and histories of one partition -> counts."""
+    job, schema = plan.job, plan.schema
+    assert schema is not None
+    events = to_events(job.config, read_events(job, number))
+    split = split_events(job.data, events, plan.cuts)
+    item_ids, codes = ids.sorted_dictionary(events.item_ids)
+    item = positions_of(plan, number)[codes]
+    context = {spec.name: spec.encode_column(events.context[spec.name]) for spec in schema.context}
+    actions = [a.name for a in schema.actions]
+    profile = profile_codes(job, schema, users_of(job, number), events.user_ids)
+    fold = user_fold(events.user_ids)
+    counts: dict[str, int] = {"users": len(events.user_ids)}
+    for which, name in SPLITS.items():
+        if which == windows.TRAIN:
+            layout = windows.train_layout(events, split, schema.window, schema.same_time)
+        else:
+            layout = windows.moment_layout(events, split, which, schema.window, schema.same_time, schema.protocol)
+        tables = (
+            windows.windows_table(piece, events, item, split, context, actions, profile, fold)
+            for piece in layout.pieces(_LIST_ENTRIES)
+        )
+        storage.write_tables(job.part(f"windows/{name}", number), tables)
+        counts |= {f"{name}_windows": len(layout), f"{name}_targets": len(layout.target_event)}
+    layout = windows.store_layout(events, split, job.data.protocol, schema.window, schema.same_time)
+    stored = (windows.store_table(piece, events, actions) for piece in layout.pieces(_LIST_ENTRIES))
+    storage.write_tables(job.part("store", number), stored)
+
+    shown = (split == windows.TRAIN) & events.is_history & (events.time >= plan.recent_since)
+    recent = np.bincount(codes[shown], minlength=len(item_ids))
+    there = np.flatnonzero(recent)
+    rows = pa.table([item_ids.take(pa.array(there)), pa.array(recent[there])], schema=_RECENT)
+    storage.write_table(job.work("recent", f"part-{number:05d}.parquet"), rows)
+    return counts

@@ -1,0 +1,214 @@
+"""Pass 1 of prepare: rows of the three tables are read, validated and sent to their partition; partitions are settled.
+
+Every function is one task: it works on one unit or one partition, writes files named by it, and returns counts.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mtrec_ray import hashing, storage
+from mtrec_ray.config import DataConfig, RunConfig
+from mtrec_ray.data import shuffle, sources
+from mtrec_ray.data.catalogue import check_unique, item_columns, user_columns
+from mtrec_ray.data.ids import sample, sorted_dictionary
+from mtrec_ray.data.partition import hash_ids, user_partition
+from mtrec_ray.data.validate import ITEM, QUARANTINE, TIME, USER, event_schema, needed_columns, quarantine_rows, validate
+
+ROW = sources.ROW
+PIECE_ROWS = 1 << 20
+"""Rows that a task holds before they go to the shuffle's files."""
+
+
+class DataError(ValueError):
+    """A log that cannot be prepared; nothing has been published."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of a preparation knows."""
+
+    config: RunConfig
+    prefix: str
+    partitions: int
+    units: dict[str, list[sources.Unit]] = field(default_factory=dict)
+    """Units of the tables interactions, items and users."""
+    known_items: NDArray[np.uint64] | None = None
+    """Sorted hashes of the items table's ids."""
+
+    @property
+    def data(self) -> DataConfig:
+        return self.config.data
+
+    def part(self, kind: str, number: int) -> str:
+        return storage.join(self.prefix, kind, f"part-{number:05d}.parquet")
+
+    def work(self, *parts: str) -> str:
+        """A place for what only this preparation reads."""
+        return storage.join(self.prefix, "_work", *parts)
+
+    def having(self, **fields: Any) -> Job:
+        return replace(self, **fields)
+
+
+# --------------------------------------------------------------------------- the tables of items and users
+
+
+def read_table_unit(job: Job, place: tuple[str, int]) -> dict[str, Any]:
+    """A unit of the items or users table, as strings -> rows, a sample of its ids and their hashes.
+
+    Users go to their partition, items to a file of the unit. Raises SourceError for missing ids and broken rows.
+    """
+    what, number = place
+    config = job.data.items if what == "items" else job.data.users
+    columns = item_columns(job.data) if what == "items" else user_columns(job.data)
+    assert config is not None
+    unit, key, blocks = job.units[what][number], columns[0], []
+    for block, broken in sources.read_unit(config, unit, columns):
+        if broken:
+            raise sources.SourceError(f"{what}: {unit.path} has a row with another number of columns: {broken[0][1]!r}")
+        blocks.append(pa.table({n: sources.id_strings(block[n]) for n in columns}))
+    table = pa.concat_tables(blocks) if blocks else pa.table({n: pa.array([], pa.string()) for n in columns})
+    if table[key].null_count:
+        first = pc.index(table[key].is_null(), True).as_py()
+        raise sources.SourceError(f"{what}: {unit.path}: {table[key].null_count} row(s) without {key}; the first is row {first}")
+    if what == "users":
+        part = user_partition(table[key], job.partitions)
+        shuffle.write_piece(job.work("users", f"unit-{number:06d}.arrow"), table, part, job.partitions)
+        return {"rows": len(table), "sample": [], "hashes": np.zeros(0, np.uint64)}
+    table = table.sort_by(key)
+    storage.write_table(job.work("items", f"unit-{number:06d}.parquet"), table)
+    ids = table[key].combine_chunks()
+    return {"rows": len(table), "sample": sample(ids) if len(ids) else [], "hashes": hash_ids(ids)}
+
+
+def users_of(job: Job, number: int) -> pa.Table | None:
+    """The users table's rows of a partition; None without a users table. Raises SourceError for a doubled id."""
+    if job.data.users is None:
+        return None
+    found = shuffle.read_partition(job.work("users"), number)
+    if found is None:
+        return pa.table({n: pa.array([], pa.string()) for n in user_columns(job.data)})
+    check_unique(found, "user_id", "users")
+    return found
+
+
+# --------------------------------------------------------------------------- the log
+
+
+def read_events_unit(job: Job, number: int) -> dict[str, Any]:
+    """Read and validate a unit of the log; good rows go to the shuffle's files, bad ones to the quarantine."""
+    unit = job.units["interactions"][number]
+    held: list[pa.Table] = []
+    rejected: list[pa.Table] = []
+    good_rows = pieces = 0
+
+    def send() -> None:
+        nonlocal pieces
+        table = pa.concat_tables(held)
+        part = user_partition(table[USER], job.partitions)
+        shuffle.write_piece(job.work("events", f"unit-{number:06d}-{pieces:04d}.arrow"), table, part, job.partitions)
+        pieces += 1
+        held.clear()
+
+    now = time.time_ns() // 1_000_000
+    earliest, latest = [], []
+    for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data)):
+        good, bad = validate(table, job.data, unit.path, job.known_items, now)
+        rejected.append(bad)
+        if broken:
+            rows, texts = zip(*broken, strict=True)
+            why = ["wrong number of columns"] * len(rows)
+            rejected.append(pa.table([pa.array(rows, pa.int64()), [unit.path] * len(rows), why, list(texts)], schema=QUARANTINE))
+        if len(good):
+            span = pc.min_max(good[TIME]).as_py()
+            earliest.append(span["min"])
+            latest.append(span["max"])
+            held.append(good)
+            good_rows += len(good)
+        if sum(map(len, held)) >= PIECE_ROWS:
+            send()
+    if held:
+        send()
+    quarantine = pa.concat_tables(rejected) if rejected else QUARANTINE.empty_table()
+    if len(quarantine):
+        storage.write_table(job.part("quarantine", number), quarantine)
+    return {"good": good_rows, "earliest": min(earliest, default=None), "latest": max(latest, default=None)}
+
+
+def settle_partition(job: Job, number: int) -> dict[str, int]:
+    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, write it."""
+    events = shuffle.read_partition(job.work("events"), number)
+    users = users_of(job, number)
+    if events is None or not len(events):
+        return {"events": 0, "found": 0}
+    found, rejected = len(events), []
+    files = {u.file_index: u.path for u in job.units["interactions"]}
+    if users is not None and job.data.unknown_users == "quarantine":
+        known = pc.is_in(events[USER], value_set=users["user_id"].combine_chunks())
+        if not pc.all(known).as_py():
+            strangers = pc.invert(known).to_numpy()
+            rejected.append(
+                quarantine_rows(events, files, strangers, np.full(found, "user_id is not in the users table", dtype=object))
+            )
+            events = events.filter(known)
+    events = _encoded(events)
+    time, row = events[TIME].to_numpy(), events[ROW].to_numpy()
+    user = events[USER].chunk(0).indices.to_numpy()
+    keys = (time, user) if (np.diff(row) > 0).all() else (row, time, user)
+    events = events.take(pa.array(np.lexsort(keys)))
+    double = duplicates(events)
+    if double.any():
+        why = np.full(len(events), "duplicate event", dtype=object)
+        rejected.append(quarantine_rows(events, files, double, why))
+        events = events.filter(pa.array(~double))
+    if rejected:
+        storage.write_table(job.part("quarantine", 1_000_000 + number), pa.concat_tables(rejected))
+    if len(events):
+        storage.write_table(job.part("events", number), events)
+    return {"events": len(events), "found": found}
+
+
+def _encoded(events: pa.Table) -> pa.Table:
+    """Ids as dictionaries in the order of their values."""
+    for place, name in enumerate(events.column_names):
+        if name in (USER, ITEM):
+            values, codes = sorted_dictionary(events[name])
+            events = events.set_column(place, name, pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), values))
+    return events
+
+
+def duplicates(events: pa.Table) -> NDArray[np.bool_]:
+    """Events equal to an earlier one of the table in everything but the row, which are sorted by (user, time, row).
+
+    Rows are compared in full where user, time and item have the hash of another row.
+    """
+    user, item = (events[n].combine_chunks().indices.to_numpy().astype(np.uint64) for n in (USER, ITEM))
+    key = hashing.mix(events[TIME].to_numpy().astype(np.uint64) ^ hashing.mix((user << np.uint64(32)) | item))
+    order = np.argsort(key, kind="stable")
+    same = key[order][1:] == key[order][:-1]
+    suspicious = np.zeros(len(events), bool)
+    suspicious[order[1:][same]] = suspicious[order[:-1][same]] = True
+    double = np.zeros(len(events), bool)
+    rows = np.flatnonzero(suspicious)
+    if len(rows):
+        names = [n for n in events.column_names if n != ROW]
+        double[rows] = events.select(names).take(pa.array(rows)).to_pandas().duplicated().to_numpy()
+    return double
+
+
+def read_events(job: Job, number: int) -> pa.Table:
+    """A settled partition; ids are dictionaries in order of their values. An empty table where it has no events."""
+    uri = job.part("events", number)
+    if not storage.exists(uri):
+        return _encoded(event_schema(job.data).empty_table())
+    table = storage.read_table(uri)
+    whole = [table[n].num_chunks == 1 for n in (USER, ITEM)]
+    return table if all(whole) else _encoded(table.unify_dictionaries().combine_chunks())
