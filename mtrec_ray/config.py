@@ -6,6 +6,7 @@ the path of the key and what was expected; `key.path=value` on the command line 
 
 from __future__ import annotations
 
+import codecs
 import keyword
 import re
 import string
@@ -48,13 +49,33 @@ class TableConfig(_Model):
     """Where a table lies and which of its columns are which."""
 
     path: str
-    """File, directory or glob-free URI; a directory means every file of the format inside it, sorted."""
-    format: Literal["parquet", "csv", "recbole"] = "parquet"
-    """`recbole` is an atomic file: tab-separated with `name:type` headers."""
+    """File, directory or glob-free URI; a directory means every file of the format inside it, sorted. Names that end in
+    .gz, .zst or .bz2 are read compressed; `day=2024-01-01` in the path is a column."""
+    format: Literal["parquet", "csv", "jsonl", "recbole", "movielens"] = "parquet"
+    """`jsonl`: one JSON object per line. `recbole`: an atomic file, tab-separated with `name:type` headers.
+    `movielens`: one of the files that GroupLens packs, with the columns user_id, item_id, rating, timestamp; item_id,
+    title, year, genres; user_id, gender, age, occupation, zip."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Name used here -> column in the file. A name that is not listed is looked up as it is."""
+    """Name used here -> column in the file; `a.b` is the key b of the object a in JSON Lines. A name that is not listed is
+    looked up as it is."""
     delimiter: str | None = None
-    """CSV only; default a comma."""
+    """CSV and atomic files only: one character; default a comma, or a tab."""
+    header: tuple[str, ...] | None = None
+    """CSV only: names of the columns of files that have no header."""
+    encoding: str = "utf-8"
+    """CSV only: such as latin-1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TableConfig:
+        if self.delimiter is not None and (self.format not in ("csv", "recbole") or len(self.delimiter.encode()) != 1):
+            raise ValueError("delimiter: one (ASCII) character, for formats csv and recbole")
+        if (self.header is not None or self.encoding != "utf-8") and self.format != "csv":
+            raise ValueError(f"header and encoding belong to format csv, not {self.format}")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(f"encoding: {self.encoding!r} is unknown; such as utf-8, latin-1, utf-16") from None
+        return self
 
 
 class LabelConfig(_Model):
