@@ -51,7 +51,7 @@ def train_epoch(data: storage.Directory, text: str) -> float:
     """Seconds of one epoch, without evaluation."""
     seconds = []
 
-    def report(epoch: int, scalars: dict[str, float], state: dict[str, Any] | None) -> None:
+    def report(epoch: int, scalars: dict[str, float]) -> None:
         seconds.append(scalars["train/seconds"])
 
     run_worker(load_config(CONFIG, ["train.epochs=1", "train.threads=1"]), data.prefix, text, report)

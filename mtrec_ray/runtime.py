@@ -108,17 +108,25 @@ def for_each(
 def preflight(config: RunConfig, out: str) -> None:
     """Refuse a run that this cluster cannot carry. Needs a connection.
 
-    Raises PreflightError: too few CPUs or GPUs for the training workers; local paths on several nodes.
+    Raises PreflightError: too few CPUs or GPUs for the training workers, or none beside them for the
+    `stream` feed; local paths on several nodes.
     """
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    if config.train.workers > cpus:
+    train = config.train
+    if train.min_workers > cpus:
         raise PreflightError(
-            f"train.workers is {config.train.workers}, but the cluster has {cpus:g} CPUs: training would wait for ever. "
+            f"train.workers is {train.min_workers}, but the cluster has {cpus:g} CPUs: training would wait for ever. "
             "Lower train.workers or add nodes"
         )
-    if config.train.use_gpu and config.train.workers > gpus:
-        raise PreflightError(f"train.use_gpu with {config.train.workers} workers, but the cluster has {gpus:g} GPUs")
+    if train.use_gpu and train.min_workers > gpus:
+        raise PreflightError(f"train.use_gpu with {train.min_workers} workers, but the cluster has {gpus:g} GPUs")
+    if train.feed == "stream" and not train.use_gpu and train.max_workers >= cpus:
+        raise PreflightError(
+            f"train.feed is stream and train.workers may take {train.max_workers} of the cluster's {cpus:g} CPUs: Ray Data would "
+            f"have none left to read with, and training would hang. Set train.workers to at most {max(0, int(cpus) - 1)}, add "
+            "CPUs, or set train.feed to cached"
+        )
     if {"ials", "bpr"} & set(config.evaluation.baselines) and importlib.util.find_spec("implicit") is None:
         raise PreflightError("evaluation.baselines: ials and bpr need the package implicit: pip install 'mtrec_ray[baselines]'")
     nodes = [n for n in ray.nodes() if n["Alive"]]

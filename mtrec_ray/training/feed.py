@@ -1,17 +1,17 @@
 """The `cached` feed: memory-mapped windows, a seeded global permutation, constant global batches.
 
 Each rank takes its slice of every global batch; the cursor is (epoch, step), so a run can stop and go on
-anywhere, and nothing is dropped: the last batch of an epoch is just smaller.
+anywhere, with any number of ranks, and nothing is dropped: the last batch of an epoch is just smaller.
 """
 
 from __future__ import annotations
 
-import os
+import fcntl
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -58,14 +58,23 @@ class WindowCache:
     def build(cls, windows_uri: str, folder: str | Path) -> Path:
         """Write the flat form of a directory of window files into `folder`, file by file; reuse it if it is there.
 
-        Every process of a node may call it at once: one of them wins, all find the same content.
+        Every process of a node may call it at once: one of them builds, the others wait for it. What a killed one left is
+        built anew.
         """
         folder = Path(folder)
-        if (folder / "user_id.arrow").exists():
-            return folder
-        draft = folder.with_name(f"{folder.name}.{os.getpid()}")
-        shutil.rmtree(draft, ignore_errors=True)  # left by a killed process that had this id
-        draft.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel frees it when its holder dies
+            if not (folder / "user_id.arrow").exists():
+                draft = folder.with_name(f"{folder.name}.draft")
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+                cls._write(windows_uri, draft)
+                draft.rename(folder)
+        return folder
+
+    @classmethod
+    def _write(cls, windows_uri: str, draft: Path) -> None:
         kinds: dict[str, str] = {}
         ends = dict.fromkeys(_RAGGED.values(), 0)
         users = []
@@ -89,11 +98,6 @@ class WindowCache:
             table = pa.table({"user_id": pa.chunked_array(users, pa.string())})
             with pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
-        try:
-            draft.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(draft, ignore_errors=True)
-        return folder
 
     @classmethod
     def open(cls, folder: str | Path) -> WindowCache:
@@ -129,6 +133,15 @@ class WindowCache:
         length = np.asarray(stop - start)
         begin = np.concatenate([[0], np.cumsum(length)])[:-1]
         return np.arange(length.sum()) + np.repeat(start - begin, length), length
+
+    def describe(self, index: NDArray[np.int64]) -> list[str]:
+        """Windows in words, for messages: user, number of the window, first row of the log among its targets."""
+        offsets, rows = self.offsets["target"], self.columns["target_row"]
+        found = []
+        for i in index.tolist():
+            first = f"targets from log row {rows[offsets[i]]}" if offsets[i] < offsets[i + 1] else "no targets"
+            found.append(f"user {self.user_ids[i].as_py()!r} window {self.columns['window'][i]} ({first})")
+        return found
 
 
 class PairSampler:
@@ -216,8 +229,38 @@ def collate(
     )
 
 
+class Feed(Protocol):
+    """What the loop needs of a feed."""
+
+    exact: bool
+    """Whether an epoch can be entered at any step; else at its start alone."""
+
+    @property
+    def windows(self) -> int:
+        """Windows of an epoch, over all ranks."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global steps; an estimate where the feed is not exact."""
+        ...
+
+    def epoch(self, epoch: int, first_step: int = 0, global_step: int = 0) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step from `first_step` on; every rank yields equally often.
+
+        global_step: optimiser steps done before `first_step`; it seeds what must be the same on all ranks.
+        """
+        ...
+
+    def rows(self, epoch: int, step: int, together: bool) -> list[str]:
+        """The windows of a step's global batch in words. together: whether every rank asks now."""
+        ...
+
+
 class CachedFeed:
-    """Batches of one rank. `epoch(e, first_step)` yields, per step of the epoch, this rank's micro-batches."""
+    """Batches of one rank."""
+
+    exact = True
 
     def __init__(
         self,
@@ -238,14 +281,24 @@ class CachedFeed:
         self.masked_folds, self.pairs = masked_folds, pairs
 
     @property
+    def windows(self) -> int:
+        return len(self.cache)
+
+    @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.cache) // self.batch_windows)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.cache))
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.cache))
+
+    def _whole(self, order: NDArray[np.int64], step: int) -> NDArray[np.int64]:
+        return order[step * self.batch_windows : (step + 1) * self.batch_windows]
+
+    def epoch(self, epoch: int, first_step: int = 0, global_step: int | None = None) -> Iterator[list[Batch]]:
+        order = self._order(epoch)
+        start = epoch * self.steps_per_epoch + first_step if global_step is None else global_step
         for step in range(first_step, self.steps_per_epoch):
-            whole = order[step * self.batch_windows : (step + 1) * self.batch_windows]
-            mine = np.array_split(whole, self.world)[self.rank]
+            mine = np.array_split(self._whole(order, step), self.world)[self.rank]
             yield [
                 collate(
                     self.cache,
@@ -254,7 +307,10 @@ class CachedFeed:
                     masked_folds=self.masked_folds,
                     pairs=self.pairs,
                     epoch=epoch,
-                    step=epoch * self.steps_per_epoch + step,
+                    step=start + step - first_step,
                 )
                 for micro in np.array_split(mine, self.accumulate)
             ]
+
+    def rows(self, epoch: int, step: int, together: bool = False) -> list[str]:
+        return self.cache.describe(np.sort(self._whole(self._order(epoch), step)))

@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m mtrec_ray.training.loop --config FILE --data DIR [--text DIR] --out DIR
 
 Every loss is divided by the global count of its labels and scaled by the world size (DDP averages), so one
-worker and N workers make the same update from the same global batch (DESIGN §1.5).
+worker and N workers make the same update from the same global batch (DESIGN §1.5). Every draw is seeded by
+(seed, global step, rank), so a run that goes on from a checkpoint draws what the uninterrupted one drew.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,17 +28,23 @@ from mtrec_ray.config import RunConfig, TrainConfig
 from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.training import distributed
-from mtrec_ray.training.feed import CachedFeed
+from mtrec_ray.training.checkpoint import Checkpoints
+from mtrec_ray.training.feed import Feed
+from mtrec_ray.training.guard import FiniteLoss, TrainingStopped, check_weights, memory_errors
+from mtrec_ray.training.progress import EpochSums, Progress
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, dict[str, float]]
 
+CHECK_EVERY = 50
+"""Steps between looks at the losses on a GPU; the step that went wrong is found exactly all the same."""
+
 
 class Report(Protocol):
-    """Called by every rank after every epoch. state is the checkpoint on rank 0 and None on all others."""
+    """Called by every rank after every epoch, with the same numbers."""
 
-    def __call__(self, epoch: int, scalars: dict[str, float], state: dict[str, Any] | None) -> None: ...
+    def __call__(self, epoch: int, scalars: dict[str, float]) -> None: ...
 
 
 @dataclass
@@ -68,13 +75,23 @@ class _Losses(nn.Module):
         return self.balancer(sum_T * scale_T, present_T), sum_T.detach()
 
 
-def train_step(losses: nn.Module, model: Recommender, optimizer: torch.optim.Optimizer, micro: list[Any],
-               clip_norm: float | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One optimiser step on this rank's micro-batches of a global batch.
+@dataclass
+class Step:
+    """What one optimiser step counted, over all ranks."""
 
-    -> (this rank's loss_sum_T, global count_T).
-    """
-    count_T = distributed.all_reduce_sum(torch.stack([model.counts(b) for b in micro]).sum(0))
+    loss_sum_T: Tensor
+    count_T: Tensor
+    size_2: Tensor
+    """Windows and targets."""
+
+
+def train_step(losses: nn.Module, model: Recommender, optimizer: torch.optim.Optimizer, micro: list[Any],
+               clip_norm: float | None = None) -> Step:  # fmt: skip
+    """One optimiser step on this rank's micro-batches of a global batch."""
+    local_T = torch.stack([model.counts(b) for b in micro]).sum(0)
+    size_2 = local_T.new_tensor([sum(len(b.history) for b in micro), sum(len(b.targets) for b in micro)])
+    counted = distributed.all_reduce_sum(torch.cat([local_T, size_2]))
+    count_T, size_2 = counted[:-2], counted[-2:]
     present_T = (count_T > 0).float()
     scale_T = distributed.world_size() / count_T.clamp(min=1e-12) * present_T
     optimizer.zero_grad(set_to_none=True)
@@ -89,7 +106,7 @@ def train_step(losses: nn.Module, model: Recommender, optimizer: torch.optim.Opt
     if clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(losses.parameters(), clip_norm)
     optimizer.step()
-    return total_T, count_T
+    return Step(distributed.all_reduce_sum(total_T), count_T, size_2)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -114,96 +131,136 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+class Training:
+    """Everything that changes while training: what a checkpoint holds."""
+
+    def __init__(self, config: RunConfig, model: Recommender, steps_per_epoch: int, device: torch.device) -> None:
+        train = config.train
+        balancer = build_balancer(config.balancing, [t.weight for t in config.tasks.values()])
+        self.losses = _Losses(model, balancer).to(device)
+        self.model = model
+        self.optimizer = build_optimizer(self.losses, train)
+        self.scheduler = build_scheduler(self.optimizer, train, train.epochs * steps_per_epoch)
+        ema = get_ema_multi_avg_fn(train.ema) if train.ema else None  # type: ignore[no-untyped-call]
+        self.average = AveragedModel(model, multi_avg_fn=ema) if ema else None
+        self.progress = Progress()
+        self.best_state: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "losses": self.losses.state_dict(), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "progress": asdict(self.progress), "best_state": self.best_state,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.losses.load_state_dict(state["losses"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.progress, self.best_state = Progress(**state["progress"]), state["best_state"]
+
+    @property
+    def kept(self) -> Recommender:
+        """The weights that are evaluated and kept."""
+        kept = self.model if self.average is None else self.average.module
+        assert isinstance(kept, Recommender)
+        return kept
+
+
 def fit(
     config: RunConfig,
     model: Recommender,
-    feed: CachedFeed,
+    feed: Feed,
     evaluate: Callable[[Recommender], Metrics],
     report: Report,
-    resume: dict[str, Any] | None = None,
+    checkpoints: Checkpoints | None = None,
     device: torch.device | None = None,
 ) -> Fitted:
     """Train until the epochs are over or the monitored metric has stopped improving.
 
     evaluate: model -> metrics on valid; called by every rank, same result on every rank.
-    Raises ValueError when a loss is not finite, naming epoch, step and task.
+    checkpoints: where the run is kept; it goes on from what is there.
+    Raises TrainingStopped (a loss that is not finite, memory, missing rows) with the batch's coordinates, CheckpointError.
     """
     device = device or torch.device("cpu")
-    train, names = config.train, list(config.tasks)
-    balancer = build_balancer(config.balancing, [t.weight for t in config.tasks.values()])
-    losses: nn.Module = _Losses(model, balancer).to(device)
-    optimizer = build_optimizer(losses, train)
-    scheduler = build_scheduler(optimizer, train, train.epochs * feed.steps_per_epoch)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema)) if train.ema else None  # type: ignore[no-untyped-call]
-    first_epoch, best_value, best_epoch, bad_epochs = 0, -math.inf, -1, 0
-    best_state: dict[str, Tensor] = {}
-    if resume is not None:
-        losses.load_state_dict(resume["losses"])
-        optimizer.load_state_dict(resume["optimizer"])
-        scheduler.load_state_dict(resume["scheduler"])
-        first_epoch, best_value, best_epoch = resume["epoch"], resume["best_value"], resume["best_epoch"]
-        bad_epochs, best_state = resume["bad_epochs"], resume["best_state"]
-        if average is not None:
-            average.load_state_dict(resume["average"])
-    wrapped = DistributedDataParallel(losses) if distributed.is_distributed() else losses
+    train, names, rank = config.train, list(config.tasks), distributed.rank()
+    run = Training(config, model, feed.steps_per_epoch, device)
+    resumed = None if checkpoints is None else checkpoints.resume()
+    if resumed is not None:
+        run.restore(resumed)
+        if rank == 0:
+            log.info("resumed at epoch %d, step %d", run.progress.epoch, run.progress.step)
+    wrapped = DistributedDataParallel(run.losses) if distributed.is_distributed() else run.losses
+    progress = run.progress
 
-    rank, started = distributed.rank(), time.perf_counter()
-    rows_read = rows_trained = events = 0
-    for epoch in range(first_epoch, train.epochs):
-        if bad_epochs >= train.patience:
-            break
+    def kept() -> str:
+        last = None if checkpoints is None else checkpoints.last
+        return "There is no checkpoint yet" if last is None else f"The last good checkpoint stays: {last}"
+
+    def save() -> None:
+        if checkpoints is not None and rank == 0:
+            checkpoints.save(run.state())
+
+    def check(finite: FiniteLoss) -> None:
+        finite.check(feed, progress.epoch, kept)
+        check_weights(run.losses.parameters(), feed, progress.epoch, progress.step - 1, kept)
+
+    while progress.epoch < train.epochs and progress.bad_epochs < train.patience:
         model.train()
-        epoch_started = time.perf_counter()
-        seen = torch.zeros(3)
-        sums_T, counts_T = torch.zeros(len(names), device=device), torch.zeros(len(names), device=device)
-        for step, micro in enumerate(feed.epoch(epoch)):
-            seen += torch.tensor([sum(len(b.history) for b in micro), sum(len(b.targets) for b in micro), 1])
-            torch.manual_seed(_step_seed(config.seed, epoch * feed.steps_per_epoch + step, rank))
-            sum_T, count_T = train_step(wrapped, model, optimizer, [b.to(device) for b in micro], train.clip_norm)
-            scheduler.step()
-            if average is not None:
-                average.update_parameters(model)
-            sums_T, counts_T = sums_T + sum_T, counts_T + count_T
-            if step % 50 == 0 and not bool(torch.isfinite(sum_T).all()):
-                broken = [n for n, v in zip(names, sum_T.tolist(), strict=True) if not math.isfinite(v)]
-                raise ValueError(f"epoch {epoch}, step {step}: the loss of {broken} is not finite; lower train.learning_rate")
-        distributed.all_reduce_sum(seen)
-        distributed.all_reduce_sum(sums_T)
-        rows_read += len(feed.cache)
-        rows_trained += int(seen[0])
-        events += int(seen[1])
-        mean_T = (sums_T / counts_T.clamp(min=1e-12)).tolist()
-        if not all(math.isfinite(v) for v in mean_T):
-            raise ValueError(f"epoch {epoch}: a loss is not finite ({dict(zip(names, mean_T, strict=True))})")
-        scalars = {f"train/{n}/loss": v for n, v in zip(names, mean_T, strict=True)}
-        scalars |= {f"lambda/{n}": v for n, v in zip(names, balancer.current().tolist(), strict=True)}
-        scalars |= {"train/seconds": time.perf_counter() - epoch_started, "train/windows": float(seen[0]),
-                    "train/learning_rate": float(scheduler.get_last_lr()[0])}  # fmt: skip
-
+        epoch, started, before = progress.epoch, time.perf_counter(), progress.seconds
+        sums = EpochSums(len(names), device, progress.sums)
+        finite = FiniteLoss(names, device)
+        steps = feed.epoch(epoch, progress.step, progress.global_step)
+        while True:
+            with memory_errors(feed, epoch, progress.step, kept):
+                micro = next(steps, None)
+                if micro is None:
+                    break
+                torch.manual_seed(_step_seed(config.seed, progress.global_step, rank))
+                step = train_step(wrapped, model, run.optimizer, [b.to(device) for b in micro], train.clip_norm)
+            finite.note(progress.step, step.loss_sum_T)
+            sums.add(step.loss_sum_T, step.count_T, step.size_2)
+            run.scheduler.step()
+            if run.average is not None:
+                run.average.update_parameters(model)
+            progress.step, progress.global_step = progress.step + 1, progress.global_step + 1
+            if device.type == "cpu" or progress.step % CHECK_EVERY == 0:  # elsewhere it waits for the device
+                finite.check(feed, epoch, kept)
+            due = train.checkpoint_every and progress.step % train.checkpoint_every == 0
+            if due and feed.exact and progress.step < feed.steps_per_epoch:
+                check(finite)
+                progress.sums, progress.seconds = sums.values(), before + time.perf_counter() - started
+                save()
+        check(finite)
+        trained = before + time.perf_counter() - started
+        if sums.windows != feed.windows:
+            raise TrainingStopped(f"epoch {epoch}: the feed has {feed.windows} windows, but {sums.windows} were trained. {kept()}")
+        mean_loss_T, balancer = sums.mean_loss_T, run.losses.balancer
+        scalars = {f"train/{n}/loss": v for n, v in zip(names, mean_loss_T, strict=True)}
+        scalars |= {f"lambda/{n}": v for n, v in zip(names, balancer.current().tolist(), strict=True)}  # type: ignore[operator]
+        scalars |= {"train/seconds": trained, "train/windows": sums.windows, "train/targets": sums.targets,
+                    "train/windows_dropped": feed.windows - sums.windows, "train/steps": progress.step,
+                    "train/learning_rate": float(run.scheduler.get_last_lr()[0])}  # fmt: skip
         if (epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs:
-            kept = model if average is None else average.module
-            assert isinstance(kept, Recommender)
-            kept.eval()
-            valid = evaluate(kept)
+            run.kept.eval()
+            valid = evaluate(run.kept)
+            run.kept.to(device)  # evaluation moves it to the CPU
             scalars |= {f"valid/{t}/{m}": v for t, ms in valid.items() for m, v in ms.items()}
             value = _monitored(valid, train.monitor)
-            if value > best_value:
-                best_value, best_epoch, bad_epochs = value, epoch, 0
-                best_state = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}
+            if value > progress.best_value:
+                progress.best_value, progress.best_epoch, progress.bad_epochs = value, epoch, 0
+                run.best_state = {k: v.detach().cpu().clone() for k, v in run.kept.state_dict().items()}
             else:
-                bad_epochs += train.evaluate_every
+                progress.bad_epochs += train.evaluate_every
         if rank == 0:
-            _progress(epoch, train, scalars, best_epoch, best_value)
-        state = None
-        if rank == 0:
-            state = {
-                "losses": losses.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                "epoch": epoch + 1, "step": (epoch + 1) * feed.steps_per_epoch, "best_value": best_value,
-                "best_epoch": best_epoch, "bad_epochs": bad_epochs, "best_state": best_state,
-                "average": None if average is None else average.state_dict(),
-            }  # fmt: skip
-        report(epoch, scalars, state)
-    return Fitted(best_state, best_epoch, best_value, rows_read, rows_trained, time.perf_counter() - started, events)
+            _progress(epoch, train, scalars, progress.best_epoch, progress.best_value)
+        report(epoch, scalars)  # before the checkpoint: a kill in between reports the epoch twice, never not at all
+        progress.end_epoch(feed.windows, sums.windows, sums.targets, before + time.perf_counter() - started)
+        save()
+    return Fitted(run.best_state, progress.best_epoch, progress.best_value, progress.rows_read, progress.rows_trained,
+                  progress.total_seconds, progress.events)  # fmt: skip
 
 
 def _monitored(valid: Metrics, monitor: str) -> float:

@@ -1,36 +1,37 @@
-"""The Ray Train adapter: the plain loop as DDP workers, checkpoints and TensorBoard."""
+"""The Ray Train adapter: the plain loop as DDP workers, with restarts, Ray Data's stream and TensorBoard.
+
+Checkpoints are the loop's own files below ROOT/_checkpoints and not Ray Train's: they are written whole or not at all and
+the last two are kept, so that a worker's or the driver's death at any moment is survived; Ray Train's list of checkpoints is
+a file rewritten in place, and each report waits for the controller's poll (2 s). Ray Train gets the metrics of every epoch.
+"""
 
 from __future__ import annotations
 
 import logging
-import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
+import ray.data
 import ray.train
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import DataConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save as save_tensors
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.training import checkpoint, distributed
-from mtrec_ray.training.worker import run_worker
+from mtrec_ray.training import distributed
+from mtrec_ray.training.checkpoint import Checkpoints
+from mtrec_ray.training.guard import TrainingStopped
+from mtrec_ray.training.stream import Tables
+from mtrec_ray.training.worker import run_identity, run_worker, training_fingerprint
 
 log = logging.getLogger(__name__)
 
-
-def training_fingerprint(config: RunConfig, data: storage.Directory, text: storage.Directory | None) -> str:
-    """Fingerprint of everything that the trained weights depend on."""
-    folds = {"profile_folds_test", "profile_fold_valid"}  # all of `evaluation` that training looks at
-    parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train"})
-    parts["evaluation"] = config.evaluation.model_dump(mode="json", include=folds)
-    return storage.fingerprint({
-        "config": parts,
-        "data": data.manifest["inputs"],
-        "text": None if text is None else text.manifest["inputs"],
-    })  # fmt: skip
+STOPPED = "stopped.json"
+"""Beside the checkpoints: why the run stopped for good, so that a restart by Ray Train stops at once too."""
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -38,32 +39,59 @@ def _worker(settings: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("mtrec_ray").setLevel(logging.INFO)
     config = RunConfig.model_validate_json(settings["config"])
-    previous = ray.train.get_checkpoint()
-    resume = None
-    if previous is not None:
-        with previous.as_directory() as folder:
-            resume = checkpoint.load(folder)
+    stopped = storage.join(settings["checkpoints"], STOPPED)
+    if storage.exists(stopped):
+        raise TrainingStopped(storage.read_json(stopped)["why"])
     writer = _tensorboard(settings["tensorboard"]) if distributed.rank() == 0 else None
 
-    def report(epoch: int, scalars: dict[str, float], state: dict[str, Any] | None) -> None:
+    def report(epoch: int, scalars: dict[str, float]) -> None:
         if writer is not None:
             for name, value in scalars.items():
                 writer.add_scalar(name, value, epoch + 1)
             writer.flush()
-        with tempfile.TemporaryDirectory() as folder:
-            if state is not None:
-                checkpoint.save(folder, state)
-            ray.train.report(
-                scalars | {"epoch": epoch + 1}, checkpoint=None if state is None else Checkpoint.from_directory(folder)
-            )
+        ray.train.report(scalars | {"epoch": epoch + 1})  # every rank, equally often
 
-    fitted = run_worker(config, settings["data"], settings["text"], report, resume)
+    tables = _stream() if config.train.feed == "stream" else None
+    checkpoints = Checkpoints(settings["checkpoints"], settings["identity"])
+    try:
+        fitted = run_worker(config, settings["data"], settings["text"], report, checkpoints, tables)
+    except TrainingStopped as error:
+        storage.write_json(stopped, {"why": str(error)})
+        raise
     if distributed.rank() == 0:
         storage.write_bytes(storage.join(settings["prefix"], "weights.safetensors"), save_tensors(fitted.best_state))
         facts = asdict(fitted)
         facts.pop("best_state")
         facts |= {"workers": distributed.world_size(), "rows_dropped": fitted.rows_read - fitted.rows_trained}
         storage.write_json(storage.join(settings["prefix"], "training.json"), facts)
+
+
+def _stream() -> Tables:
+    """This rank's split of the windows, once more for every epoch."""
+    shard = ray.train.get_dataset_shard("train")
+
+    def tables(epoch: int) -> Iterator[pa.Table]:
+        return iter(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+    return tables
+
+
+class _WholeSplit(DataConfig):
+    """Ray Train's own split makes equal parts by dropping rows; this one drops none, and keeps the files' order."""
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
+    ) -> list[dict[str, Any]]:
+        shards: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            dataset = dataset.copy(dataset)
+            dataset.context.execution_options = self._resolve_execution_options(name)
+            dataset.context.execution_options.preserve_order = True
+            for shard, split in zip(
+                shards, dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids), strict=True
+            ):
+                shard[name] = split
+        return shards
 
 
 def _tensorboard(folder: str) -> Any:
@@ -77,37 +105,58 @@ def _tensorboard(folder: str) -> Any:
 def train(config: RunConfig, data: storage.Directory, text: storage.Directory | None, root: str) -> storage.Directory:
     """Train -> published directory with weights.safetensors (the best on valid) and training.json.
 
-    An interrupted run with the same inputs goes on from its last checkpoint.
+    An interrupted run goes on from its last checkpoint, with this number of workers. Raises TrainingStopped with the
+    batch's coordinates when the loss is not finite or memory does not suffice.
     """
     directory = storage.Directory(root)
-    inputs = training_fingerprint(config, data, text)
+    inputs, identity = training_fingerprint(config, data, text), run_identity(config, data, text)
     if directory.is_published(inputs):
         log.info("train: reused %s", directory.root)
         return directory
     prefix = directory.begin(inputs)
-    ray_storage = storage.join(storage.absolute(root), "_ray")
-    settings = {
+    root = storage.absolute(root)
+    ray_storage, kept = storage.join(root, "_ray"), storage.join(root, "_checkpoints")
+    settings: dict[str, Any] = {
         "config": config.model_dump_json(),
         "data": data.prefix,
         "text": None if text is None else text.prefix,
         "prefix": prefix,
-        "tensorboard": storage.join(storage.absolute(root), "tensorboard", inputs[:16]),
+        "checkpoints": storage.join(kept, identity[:16]),
+        "identity": identity,
+        "tensorboard": storage.join(root, "tensorboard", inputs[:16]),
     }
-    gpus = config.train.use_gpu
+    storage.delete(storage.join(settings["checkpoints"], STOPPED))  # whoever starts again wants another try
+    storage.delete(ray_storage)  # it holds no checkpoint
+    windows, seed = data.path("windows", "train"), config.seed
+    stream = {"train": lambda: _dataset(windows, seed)} if config.train.feed == "stream" else None
     trainer = TorchTrainer(
         _worker,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=gpus),
+        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=config.train.use_gpu),
         run_config=RayRunConfig(
             name=inputs[:16],
             storage_path=ray_storage,
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
         ),
+        datasets=stream,
+        dataset_config=_WholeSplit(),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        stopped = storage.join(settings["checkpoints"], STOPPED)
+        if storage.exists(stopped):
+            raise TrainingStopped(storage.read_json(stopped)["why"]) from error
+        raise
     facts = storage.read_json(storage.join(prefix, "training.json"))
     assert facts["rows_dropped"] == 0, facts
     directory.publish(inputs, kind="train", training=facts)
     storage.delete(ray_storage)
+    storage.delete(kept)
     return directory
+
+
+def _dataset(windows: str, seed: int) -> Any:
+    """The windows' files, in another order for every execution."""
+    filesystem, path = storage.resolve(windows)
+    return ray.data.read_parquet(path, filesystem=filesystem, partitioning=None, shuffle=ray.data.FileShuffleConfig(seed=seed))

@@ -22,9 +22,11 @@ from mtrec_ray.evaluation.statistics import Statistics
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.schema import LogSchema
-from mtrec_ray.training import checkpoint, distributed
-from mtrec_ray.training.feed import CachedFeed, PairSampler, WindowCache
+from mtrec_ray.training import distributed
+from mtrec_ray.training.checkpoint import Checkpoints
+from mtrec_ray.training.feed import CachedFeed, Feed, PairSampler, WindowCache
 from mtrec_ray.training.loop import Fitted, Metrics, Report, fit
+from mtrec_ray.training.stream import StreamFeed, Tables, count_windows, file_tables
 
 
 def load_schema(data_prefix: str) -> LogSchema:
@@ -37,14 +39,46 @@ def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | No
     return Recommender(config, schema, text_NE)
 
 
+def training_fingerprint(config: RunConfig, data: storage.Directory, text: storage.Directory | None) -> str:
+    """Fingerprint of everything that a published training depends on."""
+    return _fingerprint(config, data, text, {"checkpoint_every", "max_failures"})
+
+
+def run_identity(config: RunConfig, data: storage.Directory, text: storage.Directory | None) -> str:
+    """Fingerprint of a run that may go on with another number of workers or threads, or on another device."""
+    return _fingerprint(config, data, text, {"checkpoint_every", "max_failures", "workers", "threads", "use_gpu"})
+
+
+def _fingerprint(config: RunConfig, data: storage.Directory, text: storage.Directory | None, left_out: set[str]) -> str:
+    folds = {"profile_folds_test", "profile_fold_valid"}  # all of `evaluation` that training looks at
+    parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train"})
+    parts["train"] = {k: v for k, v in parts["train"].items() if k not in left_out}
+    parts["evaluation"] = config.evaluation.model_dump(mode="json", include=folds)
+    return storage.fingerprint({
+        "config": parts,
+        "data": data.manifest["inputs"],
+        "text": None if text is None else text.manifest["inputs"],
+    })  # fmt: skip
+
+
 def build_feed(config: RunConfig, schema: LogSchema, cache: WindowCache, rank: int, world: int) -> CachedFeed:
+    return CachedFeed(cache, schema, **_feed_settings(config, rank, world))
+
+
+def build_stream(config: RunConfig, schema: LogSchema, windows_uri: str, tables: Tables, rank: int, world: int) -> StreamFeed:
+    windows, empty = count_windows(windows_uri)
+    settings = _feed_settings(config, rank, world) | {"buffer": config.train.stream_buffer}
+    return StreamFeed(tables, windows, empty, schema, **settings)
+
+
+def _feed_settings(config: RunConfig, rank: int, world: int) -> dict[str, Any]:
     task = next((t for t in config.tasks.values() if isinstance(t, SimilarityTask)), None)
     pairs = None if task is None else PairSampler(task.within_positions, task.within_hours, task.share, config.seed)
     folds = (*config.evaluation.profile_folds_test, config.evaluation.profile_fold_valid)
-    return CachedFeed(
-        cache, schema, batch_windows=config.train.batch_windows, accumulate=config.train.accumulate, seed=config.seed,
-        rank=rank, world=world, masked_folds=folds, pairs=pairs,
-    )  # fmt: skip
+    return {
+        "batch_windows": config.train.batch_windows, "accumulate": config.train.accumulate, "seed": config.seed,
+        "rank": rank, "world": world, "masked_folds": folds, "pairs": pairs,
+    }  # fmt: skip
 
 
 def valid_evaluator(config: RunConfig, schema: LogSchema, catalogue: pa.Table, cache: WindowCache) -> Any:
@@ -65,22 +99,33 @@ def valid_evaluator(config: RunConfig, schema: LogSchema, catalogue: pa.Table, c
 
 
 def run_worker(
-    config: RunConfig, data_prefix: str, text_prefix: str | None, report: Report, resume: dict[str, Any] | None = None
+    config: RunConfig,
+    data_prefix: str,
+    text_prefix: str | None,
+    report: Report,
+    checkpoints: Checkpoints | None = None,
+    tables: Tables | None = None,
 ) -> Fitted:
-    """Train as this rank of an (optional) process group; every rank returns the same best weights."""
+    """Train as this rank of an (optional) process group; every rank returns the same best weights.
+
+    tables: this rank's windows for the `stream` feed; without it the rank reads its share of the files.
+    """
     torch.set_num_threads(config.train.threads)
     rank, world = distributed.rank(), distributed.world_size()
     schema = load_schema(data_prefix)
     catalogue = storage.read_table(storage.join(data_prefix, "catalogue.parquet"))
     train_uri = storage.join(data_prefix, "windows", "train")
-    folder = Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / storage.sha256(train_uri)[:16]
-    cache = WindowCache.open(WindowCache.build(train_uri, folder))
+    feed: Feed
+    if config.train.feed == "stream":
+        feed = build_stream(config, schema, train_uri, tables or file_tables(train_uri, config.seed, rank, world), rank, world)
+    else:
+        folder = Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / storage.sha256(train_uri)[:16]
+        feed = build_feed(config, schema, WindowCache.open(WindowCache.build(train_uri, folder)), rank, world)
     valid = WindowCache.from_table(storage.read_table(storage.join(data_prefix, "windows", "valid")))
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
-    feed = build_feed(config, schema, cache, rank, world)
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
-    return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, resume, device)
+    return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, checkpoints, device)
 
 
 def main() -> None:
@@ -89,19 +134,16 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--data", required=True, help="published data directory (runs/NAME/data)")
     parser.add_argument("--text", help="published text vectors (runs/NAME/text)")
-    parser.add_argument("--out", required=True, help="folder for the checkpoint; an existing one is resumed")
+    parser.add_argument("--out", required=True, help="folder for the checkpoints; a run goes on from what is there")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
 
-    def report(epoch: int, scalars: dict[str, float], state: dict[str, Any] | None) -> None:
-        if state is not None:
-            checkpoint.save(args.out, state)
-
     config = load_config(args.config, args.overrides)
-    text = None if args.text is None else storage.Directory(args.text).prefix
-    run_worker(config, storage.Directory(args.data).prefix, text, report, checkpoint.load(args.out))
+    data, text = storage.Directory(args.data), None if args.text is None else storage.Directory(args.text)
+    checkpoints = Checkpoints(args.out, run_identity(config, data, text))
+    run_worker(config, data.prefix, None if text is None else text.prefix, lambda *_: None, checkpoints)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from mtrec_ray.training import checkpoint
+from mtrec_ray.training.checkpoint import Checkpoints
 from tests import tiny
 from tests.conftest import TinyRun
 
@@ -30,8 +30,8 @@ def test_python_and_torchrun_train_from_the_command_line_to_the_same_weights(tin
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "epoch 1/1" in done.stderr and "ray" not in done.stderr.replace("mtrec_ray", "")
-        found = checkpoint.load(tmp_path / name)
-        assert found is not None and found["epoch"] == 1
+        found = Checkpoints(tmp_path / name).load()
+        assert found is not None and found["progress"]["epoch"] == 1
         states[name] = found["best_state"]
     for key, value in states["python"].items():
         torch.testing.assert_close(states["torchrun"][key], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=key: f"{n}: {m}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,37 +176,51 @@ def test_a_folder_that_is_there_is_reused(tmp_path: Path) -> None:
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert WindowCache.build(str(tmp_path / "windows"), tmp_path / "flat") == folder
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("flat")] == ["flat"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["flat", "flat.lock", "windows"]
 
 
-def test_a_process_that_comes_second_finds_the_folder_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage.write_table(tmp_path / "windows" / "part-00000.parquet", parts()[0])
-    original = storage.write_json
+def build_in_a_process(folder: Path, killed: bool = False) -> Any:
+    """A process that builds `flat` from `windows`; or that kills itself when it has written about half of it."""
 
-    def while_another_wins(uri: Any, value: Any) -> None:
-        monkeypatch.setattr(storage, "write_json", original)
-        monkeypatch.setattr(os, "getpid", lambda: 1)
-        WindowCache.build(str(tmp_path / "windows"), tmp_path / "flat")
-        original(uri, value)
+    def build() -> None:
+        if killed:
+            original = np.ascontiguousarray
+            written: list[int] = []
 
-    monkeypatch.setattr(storage, "write_json", while_another_wins)
-    folder = WindowCache.build(str(tmp_path / "windows"), tmp_path / "flat")
-    assert len(WindowCache.open(folder)) == len(parts()[0])
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("flat")] == ["flat"]
+            def dies(values: Any) -> Any:
+                written.append(1)
+                if len(written) == 20:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(values)
+
+            np.ascontiguousarray = dies
+        WindowCache.build(str(folder / "windows"), folder / "flat")
+
+    process = multiprocessing.get_context("fork").Process(target=build)
+    process.start()
+    return process
 
 
-def test_a_draft_left_by_a_killed_process_is_not_appended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_build_at_once_find_one_whole_folder(tmp_path: Path) -> None:
+    for number, table in enumerate(parts()):
+        storage.write_table(tmp_path / "windows" / f"part-{number:05d}.parquet", table)
+    processes = [build_in_a_process(tmp_path) for _ in range(4)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert len(WindowCache.open(tmp_path / "flat")) == sum(map(len, parts()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["flat", "flat.lock", "windows"]
+
+
+def test_what_a_killed_process_left_is_built_anew(tmp_path: Path) -> None:
     table = parts()[0]
     storage.write_table(tmp_path / "windows" / "part-00000.parquet", table)
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(storage, "write_json", killed)
-        WindowCache.build(str(tmp_path / "windows"), tmp_path / "flat")
+    process = build_in_a_process(tmp_path, killed=True)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "flat.draft").exists() and not (tmp_path / "flat").exists()
     again = WindowCache.open(WindowCache.build(str(tmp_path / "windows"), tmp_path / "flat"))
-    assert len(again) == len(table)
+    assert len(again) == len(table) and not (tmp_path / "flat.draft").exists()
 
 
 @settings(max_examples=50, deadline=None)
