@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,8 @@ import torch.distributed as dist
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.training import checkpoint, feed, loop, stream, worker
-from mtrec_ray.training.checkpoint import CheckpointError, Checkpoints
-from mtrec_ray.training.guard import TrainingStopped
+from mtrec_ray.training import checkpoint, feed, loop, worker
+from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.worker import run_worker
 from tests import tiny
 from tests.conftest import TinyRun
