@@ -20,7 +20,17 @@ from mtrec_ray.data import shuffle, sources
 from mtrec_ray.data.catalogue import check_unique, item_columns, user_columns
 from mtrec_ray.data.ids import sample, sorted_dictionary
 from mtrec_ray.data.partition import hash_ids, user_partition
-from mtrec_ray.data.validate import ITEM, QUARANTINE, TIME, USER, event_schema, needed_columns, quarantine_rows, validate
+from mtrec_ray.data.validate import (
+    ITEM,
+    QUARANTINE,
+    TIME,
+    USER,
+    event_schema,
+    list_columns,
+    needed_columns,
+    quarantine_rows,
+    validate,
+)
 
 ROW = sources.ROW
 PIECE_ROWS = 1 << 20
@@ -120,7 +130,7 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
 
     now = time.time_ns() // 1_000_000
     earliest, latest = [], []
-    for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data)):
+    for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data), list_columns(job.data)):
         good, bad = validate(table, job.data, unit.path, job.known_items, now)
         rejected.append(bad)
         if broken:
@@ -200,7 +210,10 @@ def duplicates(events: pa.Table) -> NDArray[np.bool_]:
     rows = np.flatnonzero(suspicious)
     if len(rows):
         names = [n for n in events.column_names if n != ROW]
-        double[rows] = events.select(names).take(pa.array(rows)).to_pandas().duplicated().to_numpy()
+        frame = events.select(names).take(pa.array(rows)).to_pandas()
+        for name in (n for n in names if pa.types.is_list(events.schema.field(n).type)):
+            frame[name] = frame[name].map(tuple)
+        double[rows] = frame.duplicated().to_numpy()
     return double
 
 

@@ -28,7 +28,7 @@ from mtrec_ray.data import build, fit, ids, sources
 from mtrec_ray.data import events as stage
 from mtrec_ray.data.catalogue import item_columns, user_columns
 from mtrec_ray.data.events import DataError, Job
-from mtrec_ray.data.validate import needed_columns
+from mtrec_ray.data.validate import list_columns, needed_columns
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def prepare(config: RunConfig, root: str) -> storage.Directory:
 
 def _units(config: RunConfig) -> dict[str, list[sources.Unit]]:
     data = config.data
-    units = {"interactions": sources.list_units(data.interactions, needed_columns(data), "interactions")}
+    units = {"interactions": sources.list_units(data.interactions, needed_columns(data), "interactions", list_columns(data))}
     if data.items is not None:
         units["items"] = sources.list_units(data.items, item_columns(data), "items")
     if data.users is not None:
@@ -110,7 +110,7 @@ def _run(job: Job) -> tuple[dict[str, Any], tuple[int, int]]:
     cuts = _time_cuts(job, parts) if job.data.protocol == "time" else (0, 0)
 
     fitted = _in_order(fit.fit_partition, (job, cuts), range(job.partitions), "prepare: counts, partitions")
-    together = fit.merge(fitted)
+    together = fit.merge(job.data, fitted)
     rows["users_without_attributes"] = together.unattributed
     if not together.positives:
         raise DataError(f"no training event is a retrieval positive ({job.config.positive_expression!r})")

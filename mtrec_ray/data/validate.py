@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from mtrec_ray.config import DataConfig
 from mtrec_ray.data.partition import hash_ids
-from mtrec_ray.data.sources import ROW, id_strings
+from mtrec_ray.data.sources import ROW, id_strings, list_strings
 from mtrec_ray.expressions import Expression
+from mtrec_ray.feature_config import FeatureConfig
+from mtrec_ray.features import MAX_VALUES, NUMBER, TEXT, TEXTS, clean_lists
 
 ROW_BITS = 40
 """A row's number is (index of its file) · 2^40 + (its place in the file)."""
@@ -21,6 +23,8 @@ USER, ITEM, TIME = "user_id", "item_id", "timestamp"
 _TO_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 _DAY_MS = 86_400_000
 _LATEST_MS = 7_258_118_400_000  # the year 2200: a later time is a wrong unit
+
+_FEATURE_TYPES = {"categorical": TEXT, "multihot": TEXTS}
 
 QUARANTINE = pa.schema([(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
 
@@ -32,7 +36,7 @@ def needed_columns(data: DataConfig) -> list[str]:
 
 
 def event_schema(data: DataConfig) -> pa.Schema:
-    """Arrow schema of validated events: ids, int64 milliseconds, row, float64 labels, context strings."""
+    """Arrow schema of validated events: ids, int64 milliseconds, row, float64 labels, features (text, texts or numbers)."""
     return pa.schema(
         [
             (USER, pa.string()),
@@ -40,9 +44,14 @@ def event_schema(data: DataConfig) -> pa.Schema:
             (TIME, pa.int64()),
             (ROW, pa.int64()),
             *[(n, pa.float64()) for n in data.labels],
-            *[(n, pa.string()) for n in data.context],
+            *[(n, _FEATURE_TYPES.get(feature.kind, NUMBER)) for n, feature in data.context.items()],
         ]
     )
+
+
+def list_columns(data: DataConfig) -> set[str]:
+    """Columns of the log that may hold a list of values."""
+    return {n for n, feature in data.context.items() if feature.kind == "multihot"}
 
 
 class _Reasons:
@@ -91,20 +100,13 @@ def validate(
     for name, label in data.labels.items():
         if label.expression is not None:
             continue
-        values = _numbers(table[name])
-        present = ~_empty(table[name])
-        if pa.types.is_floating(table[name].type):
-            present &= ~np.isnan(table[name].to_numpy())
-        mark(present & ~np.isfinite(values), f"{name} is not a number")
+        values, present = _checked_numbers(table, name, label.min, label.max, mark)
         if label.kind == "binary":
             mark(present & (values != 0) & (values != 1), f"{name} is not 0 or 1")
-        if label.min is not None:
-            mark(present & (values < label.min), f"{name} is below {label.min:g}")
-        if label.max is not None:
-            mark(present & (values > label.max), f"{name} is above {label.max:g}")
         if label.values is not None:
             mark(present & ~np.isin(values, label.values), f"{name} is not one of its values")
         labels[name] = values
+    features = {name: _feature(table, name, feature, mark) for name, feature in data.context.items()}
     if known_items is not None and data.unknown_items == "quarantine":
         hashed = hash_ids(items)
         place = np.minimum(np.searchsorted(known_items, hashed), max(len(known_items) - 1, 0))
@@ -113,7 +115,7 @@ def validate(
 
     bad = reasons.bad
     columns: dict[str, pa.Array | pa.ChunkedArray] = {USER: users, ITEM: items, ROW: table[ROW]}
-    columns |= {name: id_strings(table[name]) for name in data.context}
+    columns |= features
     if not bad.any():
         rejected = QUARANTINE.empty_table()
     else:
@@ -126,6 +128,37 @@ def validate(
     columns |= {name: pa.array(values) for name, values in derive(labels, data, len(time)).items()}
     schema = event_schema(data)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema), rejected
+
+
+def _checked_numbers(
+    table: pa.Table, name: str, low: float | None, high: float | None, mark: Callable[[NDArray[np.bool_], str], None]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """A column as float64, and where it has a value."""
+    values, present = _numbers(table[name]), ~_empty(table[name])
+    if pa.types.is_floating(table[name].type):
+        present &= ~np.isnan(table[name].to_numpy())
+    mark(present & ~np.isfinite(values), f"{name} is not a number")
+    if low is not None:
+        mark(present & (values < low), f"{name} is below {low:g}")
+    if high is not None:
+        mark(present & (values > high), f"{name} is above {high:g}")
+    return values, present
+
+
+def _feature(
+    table: pa.Table, name: str, feature: FeatureConfig, mark: Callable[[NDArray[np.bool_], str], None]
+) -> pa.Array | pa.ChunkedArray:
+    """A feature's column in the form of the clean log; a missing number is null."""
+    if feature.kind == "categorical":
+        return id_strings(table[name])
+    if feature.kind == "multihot":
+        lists, broken = list_strings(table[name])
+        mark(broken, f"{name} holds bytes that are not UTF-8")
+        lists = clean_lists(lists, feature.separator)
+        mark(np.diff(lists.offsets.to_numpy()) > MAX_VALUES, f"{name} has more than {MAX_VALUES} values")
+        return lists
+    values, present = _checked_numbers(table, name, feature.min, feature.max, mark)
+    return pa.array(values, mask=~present)
 
 
 def derive(plain: Mapping[str, NDArray[np.float64]], data: DataConfig, n: int) -> dict[str, NDArray[np.float64]]:
