@@ -128,7 +128,8 @@ class MultihotSpec(_Vocabulary):
         owner, texts = _flat(lists)
         code = self._encode(texts).astype(np.int64)
         there = code != MISSING
-        pairs = np.unique(owner[there] * self.size + code[there])
+        pairs = np.sort(owner[there] * self.size + code[there])
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]
         owner, code = np.divmod(pairs, self.size)
         return _lists(owner, pa.array(code.astype(np.int32)), len(lists))
 

@@ -346,6 +346,12 @@ def test_an_empty_set_is_zero_and_others_are_the_mean_or_sum_of_their_values() -
         assert not found[0, 1].any() and not found[1, 1].any()
 
 
+def test_an_empty_batch_of_sets_is_an_empty_batch_of_vectors() -> None:
+    embed = FeatureEmbedding(MultihotSpec(name="m", values=("a",)), 3, 1.0)
+    for shape in ((0, 0, 1), (0, 1), (2, 0, 1)):
+        assert embed(torch.zeros(shape, dtype=torch.int64)).shape == (*shape[:-1], 3)
+
+
 def test_what_training_never_showed_says_nothing() -> None:
     number = FeatureEmbedding(NumericalSpec(name="n"), 3, 1.0)
     assert not number(torch.tensor([float("nan")])).any() and number(torch.tensor([0.0])).any()
