@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,28 @@ def _hidden(relative: str) -> bool:
     return any(part.startswith((".", "_")) for part in relative.strip("/").split("/"))
 
 
+def copy(source: str, target: str) -> None:
+    """The same file at another place of the same filesystem; a local one is linked where that is possible."""
+    filesystem, path = resolve(source)
+    _, other = resolve(target)
+    filesystem.create_dir(other.rsplit("/", 1)[0], recursive=True)
+    if is_local(source):
+        Path(other).unlink(missing_ok=True)  # never write into a file that is linked to its source already
+        try:
+            os.link(path, other)
+            return
+        except OSError:  # another disk, or a filesystem without links
+            pass
+    filesystem.copy_file(path, other)
+
+
+def rows(uri: str | Path) -> int:
+    """Rows of a Parquet file, from its footer."""
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as source:
+        return int(pq.ParquetFile(source).metadata.num_rows)
+
+
 def delete(uri: str | Path) -> None:
     """Delete a file or a directory; nothing happens when there is none."""
     filesystem, path = resolve(uri)
@@ -193,7 +217,10 @@ class Directory:
         """Write the manifest: from now on readers see the prefix. Older prefixes are removed afterwards."""
         prefix = inputs[:16]
         base = resolve(join(self.root, prefix))[1]
-        files = {p.removeprefix(base + "/"): file_fingerprint_of_path(self.root, p) for p in list_files(join(self.root, prefix))}
+        paths = list_files(join(self.root, prefix))
+        with ThreadPoolExecutor(8) as pool:
+            hashes = pool.map(lambda path: file_fingerprint_of_path(self.root, path), paths)
+            files = {p.removeprefix(base + "/"): h for p, h in zip(paths, hashes, strict=True)}
         manifest = {"schema_version": SCHEMA_VERSION, "inputs": inputs, "prefix": prefix, "files": files, **meta}
         write_json(self._manifest_uri, manifest)
         for old in self._prefixes():

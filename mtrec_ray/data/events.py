@@ -19,16 +19,24 @@ from mtrec_ray.config import DataConfig, RunConfig
 from mtrec_ray.data import shuffle, sources
 from mtrec_ray.data.catalogue import check_unique, item_columns, user_columns
 from mtrec_ray.data.ids import sample, sorted_dictionary
+from mtrec_ray.data.lineage import Before, forgotten_hash
 from mtrec_ray.data.partition import hash_ids, user_partition
-from mtrec_ray.data.validate import ITEM, QUARANTINE, TIME, USER, event_schema, needed_columns, quarantine_rows, validate
+from mtrec_ray.data.validate import (
+    ITEM,
+    QUARANTINE,
+    TIME,
+    USER,
+    event_schema,
+    needed_columns,
+    quarantine_broken,
+    quarantine_rows,
+    validate,
+)
+from mtrec_ray.privacy import Pseudonyms
 
 ROW = sources.ROW
 PIECE_ROWS = 1 << 20
 """Rows that a task holds before they go to the shuffle's files."""
-
-
-class DataError(ValueError):
-    """A log that cannot be prepared; nothing has been published."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,11 @@ class Job:
     """Units of the tables interactions, items and users."""
     known_items: NDArray[np.uint64] | None = None
     """Sorted hashes of the items table's ids."""
+    pseudonyms: Pseudonyms | None = None
+    forgotten: frozenset[str] = frozenset()
+    """Hashes of users whose events are left out (jobs.forget)."""
+    before: Before | None = None
+    """The published data that are appended to."""
 
     @property
     def data(self) -> DataConfig:
@@ -58,6 +71,13 @@ class Job:
         return replace(self, **fields)
 
 
+def pseudonymised(job: Job, table: pa.Table) -> pa.Table:
+    """The table with pseudonyms for user ids."""
+    assert job.pseudonyms is not None
+    place = table.column_names.index(USER)
+    return table.set_column(place, USER, job.pseudonyms.column(sources.id_strings(table[USER])))
+
+
 # --------------------------------------------------------------------------- the tables of items and users
 
 
@@ -70,16 +90,14 @@ def read_table_unit(job: Job, place: tuple[str, int]) -> dict[str, Any]:
     config = job.data.items if what == "items" else job.data.users
     columns = item_columns(job.data) if what == "items" else user_columns(job.data)
     assert config is not None
-    unit, key, blocks = job.units[what][number], columns[0], []
-    for block, broken in sources.read_unit(config, unit, columns):
-        if broken:
-            raise sources.SourceError(f"{what}: {unit.path} has a row with another number of columns: {broken[0][1]!r}")
-        blocks.append(pa.table({n: sources.id_strings(block[n]) for n in columns}))
-    table = pa.concat_tables(blocks) if blocks else pa.table({n: pa.array([], pa.string()) for n in columns})
+    unit, key = job.units[what][number], columns[0]
+    table = sources.read_strings(config, unit, columns, what)
     if table[key].null_count:
         first = pc.index(table[key].is_null(), True).as_py()
         raise sources.SourceError(f"{what}: {unit.path}: {table[key].null_count} row(s) without {key}; the first is row {first}")
     if what == "users":
+        if job.pseudonyms is not None:
+            table = pseudonymised(job, table)
         part = user_partition(table[key], job.partitions)
         shuffle.write_piece(job.work("users", f"unit-{number:06d}.arrow"), table, part, job.partitions)
         return {"rows": len(table), "sample": [], "hashes": np.zeros(0, np.uint64)}
@@ -106,6 +124,7 @@ def users_of(job: Job, number: int) -> pa.Table | None:
 def read_events_unit(job: Job, number: int) -> dict[str, Any]:
     """Read and validate a unit of the log; good rows go to the shuffle's files, bad ones to the quarantine."""
     unit = job.units["interactions"][number]
+    name = unit.number
     held: list[pa.Table] = []
     rejected: list[pa.Table] = []
     good_rows = pieces = 0
@@ -114,19 +133,19 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
         nonlocal pieces
         table = pa.concat_tables(held)
         part = user_partition(table[USER], job.partitions)
-        shuffle.write_piece(job.work("events", f"unit-{number:06d}-{pieces:04d}.arrow"), table, part, job.partitions)
+        shuffle.write_piece(job.work("events", f"unit-{name:06d}-{pieces:04d}.arrow"), table, part, job.partitions)
         pieces += 1
         held.clear()
 
     now = time.time_ns() // 1_000_000
     earliest, latest = [], []
     for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data)):
+        if job.pseudonyms is not None:
+            table = pseudonymised(job, table)
         good, bad = validate(table, job.data, unit.path, job.known_items, now)
         rejected.append(bad)
         if broken:
-            rows, texts = zip(*broken, strict=True)
-            why = ["wrong number of columns"] * len(rows)
-            rejected.append(pa.table([pa.array(rows, pa.int64()), [unit.path] * len(rows), why, list(texts)], schema=QUARANTINE))
+            rejected.append(quarantine_broken(unit.path, broken, job.data))
         if len(good):
             span = pc.min_max(good[TIME]).as_py()
             earliest.append(span["min"])
@@ -139,41 +158,69 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
         send()
     quarantine = pa.concat_tables(rejected) if rejected else QUARANTINE.empty_table()
     if len(quarantine):
-        storage.write_table(job.part("quarantine", number), quarantine)
-    return {"good": good_rows, "earliest": min(earliest, default=None), "latest": max(latest, default=None)}
+        storage.write_table(job.part("quarantine", name), quarantine)
+    return {
+        "read": good_rows + len(quarantine),
+        "good": good_rows,
+        "earliest": min(earliest, default=None),
+        "latest": max(latest, default=None),
+    }
 
 
 def settle_partition(job: Job, number: int) -> dict[str, int]:
-    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, write it."""
+    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, write it.
+
+    -> its events, and how many rows were found, forgotten. Appended rows join the partition's events of before; a
+    partition that has none is taken as it is.
+    """
     events = shuffle.read_partition(job.work("events"), number)
+    found = 0 if events is None else len(events)
+    before = None if job.before is None else storage.join(job.before.prefix, "events", f"part-{number:05d}.parquet")
+    if before is not None and not storage.exists(before):
+        before = None
+    if not found:
+        if before is not None:
+            storage.copy(before, job.part("events", number))
+        return {"events": 0 if before is None else storage.rows(before), "found": 0, "forgotten": 0}
+    assert events is not None
+    rejected = []
+    files = {u.file_index: u.path for u in job.units["interactions"]} | (job.before.files if job.before else {})
+    unforgotten = _without_forgotten(job, events)
+    forgotten, events = found - len(unforgotten), unforgotten
     users = users_of(job, number)
-    if events is None or not len(events):
-        return {"events": 0, "found": 0}
-    found, rejected = len(events), []
-    files = {u.file_index: u.path for u in job.units["interactions"]}
     if users is not None and job.data.unknown_users == "quarantine":
         known = pc.is_in(events[USER], value_set=users["user_id"].combine_chunks())
         if not pc.all(known).as_py():
             strangers = pc.invert(known).to_numpy()
-            rejected.append(
-                quarantine_rows(events, files, strangers, np.full(found, "user_id is not in the users table", dtype=object))
-            )
+            why = np.full(len(events), "user_id is not in the users table", dtype=object)
+            rejected.append(quarantine_rows(events, files, strangers, why, job.data.sensitive_names))
             events = events.filter(known)
+    if before is not None:
+        events = pa.concat_tables([storage.read_table(before).cast(events.schema), events])
     events = _encoded(events)
     time, row = events[TIME].to_numpy(), events[ROW].to_numpy()
-    user = events[USER].chunk(0).indices.to_numpy()
+    user = events[USER].chunk(0).indices.to_numpy() if len(events) else np.zeros(0, np.int32)
     keys = (time, user) if (np.diff(row) > 0).all() else (row, time, user)
     events = events.take(pa.array(np.lexsort(keys)))
     double = duplicates(events)
     if double.any():
         why = np.full(len(events), "duplicate event", dtype=object)
-        rejected.append(quarantine_rows(events, files, double, why))
+        rejected.append(quarantine_rows(events, files, double, why, job.data.sensitive_names))
         events = events.filter(pa.array(~double))
     if rejected:
-        storage.write_table(job.part("quarantine", 1_000_000 + number), pa.concat_tables(rejected))
+        generation = job.before.generation if job.before else 0
+        storage.write_table(job.part("quarantine", 1_000_000 * (generation + 1) + number), pa.concat_tables(rejected))
     if len(events):
         storage.write_table(job.part("events", number), events)
-    return {"events": len(events), "found": found}
+    return {"events": len(events), "found": found, "forgotten": forgotten}
+
+
+def _without_forgotten(job: Job, events: pa.Table) -> pa.Table:
+    if not job.forgotten:
+        return events
+    encoded = events[USER].combine_chunks().dictionary_encode()
+    gone = np.array([forgotten_hash(u) in job.forgotten for u in encoded.dictionary.to_pylist()], dtype=bool)
+    return events.filter(pa.array(~gone[encoded.indices.to_numpy()])) if gone.any() else events
 
 
 def _encoded(events: pa.Table) -> pa.Table:

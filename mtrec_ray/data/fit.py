@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from mtrec_ray import storage
 from mtrec_ray.config import DataConfig, RunConfig
 from mtrec_ray.data import windows
-from mtrec_ray.data.events import ROW, DataError, Job, read_events, users_of
+from mtrec_ray.data.events import ROW, Job, read_events, users_of
 from mtrec_ray.data.ids import distinct_items, sample, sorted_dictionary
+from mtrec_ray.data.lineage import DataError
 from mtrec_ray.data.validate import ITEM, TIME, USER
 from mtrec_ray.expressions import Expression
 from mtrec_ray.schema import AttributeSpec, ContextSpec, LabelStats, LogSchema, bin_names, fit_action
@@ -195,7 +196,7 @@ def merge(parts: list[Fitted]) -> Fitted:
     )
 
 
-def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: int) -> LogSchema:
+def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: int, pseudonym_key: str | None = None) -> LogSchema:
     """Sums -> the fitted transforms. Raises DataError when a task has no training label."""
     data = config.data
     labels = {}
@@ -219,6 +220,8 @@ def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: i
         labels=labels,
         context=tuple(ContextSpec(name=n, values=tuple(fitted.context[n])) for n in data.context),
         attributes=tuple(attributes),
+        sensitive=tuple(sorted(data.sensitive_names)),
+        pseudonym_key=pseudonym_key,
         n_items=n_items,
         n_train_items=n_train_items,
     )

@@ -14,6 +14,7 @@ from mtrec_ray.config import DataConfig
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.data.sources import ROW, id_strings
 from mtrec_ray.expressions import Expression
+from mtrec_ray.privacy import withhold
 
 ROW_BITS = 40
 """A row's number is (index of its file) · 2^40 + (its place in the file)."""
@@ -22,7 +23,9 @@ _TO_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 _DAY_MS = 86_400_000
 _LATEST_MS = 7_258_118_400_000  # the year 2200: a later time is a wrong unit
 
-QUARANTINE = pa.schema([(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
+QUARANTINE = pa.schema(
+    [(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), (USER, pa.string()), ("raw", pa.string())]
+)
 
 
 def needed_columns(data: DataConfig) -> list[str]:
@@ -117,7 +120,7 @@ def validate(
     if not bad.any():
         rejected = QUARANTINE.empty_table()
     else:
-        rejected = quarantine_rows(table, file, bad, reasons.text())
+        rejected = quarantine_rows(table, file, bad, reasons.text(), data.sensitive_names)
         good = np.flatnonzero(~bad)
         columns = {name: values.take(pa.array(good)) for name, values in columns.items()}
         time = time[good]
@@ -126,6 +129,15 @@ def validate(
     columns |= {name: pa.array(values) for name, values in derive(labels, data, len(time)).items()}
     schema = event_schema(data)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema), rejected
+
+
+def quarantine_broken(file: str, broken: list[tuple[int, str]], data: DataConfig) -> pa.Table:
+    """Rows that are not even a row, in the quarantine's form. Their text is kept where nothing in it is secret."""
+    rows, texts = zip(*broken, strict=True)
+    n, why = len(rows), "not a JSON object" if data.interactions.format == "jsonl" else "wrong number of columns"
+    secret = bool(data.pseudonyms or data.sensitive)
+    columns = [pa.array(rows, pa.int64()), [file] * n, [why] * n, [None] * n, ["(withheld)"] * n if secret else list(texts)]
+    return pa.table(columns, schema=QUARANTINE)
 
 
 def derive(plain: Mapping[str, NDArray[np.float64]], data: DataConfig, n: int) -> dict[str, NDArray[np.float64]]:
@@ -140,7 +152,11 @@ def derive(plain: Mapping[str, NDArray[np.float64]], data: DataConfig, n: int) -
 
 
 def quarantine_rows(
-    table: pa.Table, file: str | Mapping[int, str], bad: NDArray[np.bool_], reason: NDArray[np.object_]
+    table: pa.Table,
+    file: str | Mapping[int, str],
+    bad: NDArray[np.bool_],
+    reason: NDArray[np.object_],
+    sensitive: frozenset[str] = frozenset(),
 ) -> pa.Table:
     """The bad rows of a table in the quarantine's form. file: its name, or the name of each index that rows carry."""
     where = np.flatnonzero(bad)
@@ -153,7 +169,8 @@ def quarantine_rows(
             ROW: rows,
             "file": pa.array(files, pa.string()),
             "reason": pa.array([reason[i] for i in where], pa.string()),
-            "raw": pa.array([repr(r) for r in raw], pa.string()),
+            USER: id_strings(table[USER].take(where)),
+            "raw": pa.array([repr(withhold(r, sensitive)) for r in raw], pa.string()),
         },
         schema=QUARANTINE,
     )

@@ -209,7 +209,9 @@ def windows_of(prefix: str) -> feed.WindowCache:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_killed_anywhere_goes_on_to_the_weights_of_the_uninterrupted_run(tiny_run: TinyRun, tmp_path: Path, world: int) -> None:
+def test_a_run_killed_anywhere_goes_on_to_the_weights_of_the_uninterrupted_run(
+    tiny_run: TinyRun, tmp_path: Path, world: int
+) -> None:
     config, prefix = tiny.make_config(tiny_run.folder, everything), tiny_run.data.prefix
     steps = steps_of(config, prefix)
     assert steps >= 6
@@ -263,4 +265,6 @@ def test_with_another_number_of_workers_every_window_of_every_epoch_is_trained_o
         torch.testing.assert_close(found["losses"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, k=name: f"{k}: {m}")
     for epoch, line in reports(tmp_path / "whole").items():
         again = reports(tmp_path / "elastic")[epoch]
-        assert again["train/windows"] == n and again["train/retrieval/loss"] == pytest.approx(line["train/retrieval/loss"], rel=1e-4)
+        assert again["train/windows"] == n and again["train/retrieval/loss"] == pytest.approx(
+            line["train/retrieval/loss"], rel=1e-4
+        )

@@ -26,16 +26,12 @@ _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 T = TypeVar("T")
 
 
-def list_units(table: TableConfig, needed: list[str], what: str) -> list[Unit]:
+def list_units(table: TableConfig, needed: list[str], what: str, lists: bool = False) -> list[Unit]:
     """Units of a table, after checking that every file has the needed columns. Reads footers and headers only.
 
-    needed: names as used inside; `table.columns` maps them to the file's.
+    needed: names as used inside; `table.columns` maps them to the file's. lists: whether a value may be a list.
     Raises SourceError naming the file and the column.
     """
-    return _list_units(table, needed, what, lists=False)
-
-
-def _list_units(table: TableConfig, needed: list[str], what: str, lists: bool) -> list[Unit]:
     try:
         filesystem, root, infos = _files(table, what)
     except (pa.ArrowException, OSError) as error:
@@ -139,16 +135,12 @@ def _stamp(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> tuple[int | None
 # --------------------------------------------------------------------------- reading
 
 
-def read_unit(table: TableConfig, unit: Unit, needed: list[str]) -> Iterator[tuple[pa.Table, Broken]]:
+def read_unit(table: TableConfig, unit: Unit, needed: list[str], lists: bool = False) -> Iterator[tuple[pa.Table, Broken]]:
     """Stream a unit -> (table of `needed` columns and ROW, rows that are not even a row: (row, text)).
 
     Columns of text formats come as strings (typing is the validation's work); those of Parquet and JSON Lines as they are.
     Raises SourceError naming the file when it breaks, vanishes or was replaced since it was listed.
     """
-    return _read_unit(table, unit, needed, lists=False)
-
-
-def _read_unit(table: TableConfig, unit: Unit, needed: list[str], lists: bool) -> Iterator[tuple[pa.Table, Broken]]:
     filesystem, _ = resolve(table.path)
     partition = dict(unit.partition)
     columns = {n: table.columns.get(n, n) for n in needed}
@@ -174,15 +166,16 @@ def _check_unchanged(filesystem: pafs.FileSystem, unit: Unit) -> None:
         )
 
 
-def read_all(table: TableConfig, needed: list[str], what: str) -> pa.Table:
-    """A whole small table (items, users) with `needed` columns as strings; lists are joined with ', '."""
+def read_strings(table: TableConfig, unit: Unit, needed: list[str], what: str) -> pa.Table:
+    """A whole unit of a small table (items, users) with `needed` columns as strings; lists are joined with ', '.
+
+    Raises SourceError for a broken row, which such a table may not have."""
     pieces = []
-    for unit in _list_units(table, needed, what, lists=True):
-        for block, broken in _read_unit(table, unit, needed, lists=True):
-            if broken:
-                row, line = broken[0]
-                raise SourceError(f"{what}: {unit.path} row {row - unit.base} {_FAULT[table.format]}: {line!r}")
-            pieces.append(pa.table({n: id_strings(block[n]) for n in needed}))
+    for block, broken in read_unit(table, unit, needed, lists=True):
+        if broken:
+            row, line = broken[0]
+            raise SourceError(f"{what}: {unit.path} row {row - unit.base} {_FAULT[table.format]}: {line!r}")
+        pieces.append(pa.table({n: id_strings(block[n]) for n in needed}))
     if not pieces:
         return pa.table({n: pa.array([], pa.string()) for n in needed})
     return pa.concat_tables(pieces)
