@@ -127,7 +127,7 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
     name = unit.number
     held: list[pa.Table] = []
     rejected: list[pa.Table] = []
-    good_rows = pieces = 0
+    good_rows = forgotten = pieces = 0
 
     def send() -> None:
         nonlocal pieces
@@ -142,10 +142,13 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
     for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data)):
         if job.pseudonyms is not None:
             table = pseudonymised(job, table)
+        remembered = _without_forgotten(job, table)
+        forgotten, table = forgotten + len(table) - len(remembered), remembered
         good, bad = validate(table, job.data, unit.path, job.known_items, now)
         rejected.append(bad)
         if broken:
-            rejected.append(quarantine_broken(unit.path, broken, job.data))
+            secret = bool(job.data.pseudonyms or job.data.sensitive or job.forgotten)
+            rejected.append(quarantine_broken(unit.path, broken, job.data, secret))
         if len(good):
             span = pc.min_max(good[TIME]).as_py()
             earliest.append(span["min"])
@@ -160,8 +163,9 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
     if len(quarantine):
         storage.write_table(job.part("quarantine", name), quarantine)
     return {
-        "read": good_rows + len(quarantine),
+        "read": good_rows + len(quarantine) + forgotten,
         "good": good_rows,
+        "forgotten": forgotten,
         "earliest": min(earliest, default=None),
         "latest": max(latest, default=None),
     }
@@ -170,7 +174,7 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
 def settle_partition(job: Job, number: int) -> dict[str, int]:
     """Sort a partition by (user, time, row), quarantine unknown users and duplicates, write it.
 
-    -> its events, and how many rows were found, forgotten. Appended rows join the partition's events of before; a
+    -> its events, and how many rows were found. Appended rows join the partition's events of before; a
     partition that has none is taken as it is.
     """
     events = shuffle.read_partition(job.work("events"), number)
@@ -181,12 +185,10 @@ def settle_partition(job: Job, number: int) -> dict[str, int]:
     if not found:
         if before is not None:
             storage.copy(before, job.part("events", number))
-        return {"events": 0 if before is None else storage.rows(before), "found": 0, "forgotten": 0}
+        return {"events": 0 if before is None else storage.rows(before), "found": 0}
     assert events is not None
     rejected = []
     files = {u.file_index: u.path for u in job.units["interactions"]} | (job.before.files if job.before else {})
-    unforgotten = _without_forgotten(job, events)
-    forgotten, events = found - len(unforgotten), unforgotten
     users = users_of(job, number)
     if users is not None and job.data.unknown_users == "quarantine":
         known = pc.is_in(events[USER], value_set=users["user_id"].combine_chunks())
@@ -212,15 +214,17 @@ def settle_partition(job: Job, number: int) -> dict[str, int]:
         storage.write_table(job.part("quarantine", 1_000_000 * (generation + 1) + number), pa.concat_tables(rejected))
     if len(events):
         storage.write_table(job.part("events", number), events)
-    return {"events": len(events), "found": found, "forgotten": forgotten}
+    return {"events": len(events), "found": found}
 
 
-def _without_forgotten(job: Job, events: pa.Table) -> pa.Table:
+def _without_forgotten(job: Job, table: pa.Table) -> pa.Table:
+    """Rows as they were read without those of forgotten users, good or bad."""
     if not job.forgotten:
-        return events
-    encoded = events[USER].combine_chunks().dictionary_encode()
-    gone = np.array([forgotten_hash(u) in job.forgotten for u in encoded.dictionary.to_pylist()], dtype=bool)
-    return events.filter(pa.array(~gone[encoded.indices.to_numpy()])) if gone.any() else events
+        return table
+    encoded = sources.id_strings(table[USER]).combine_chunks().dictionary_encode()
+    gone = np.array([*(forgotten_hash(u) in job.forgotten for u in encoded.dictionary.to_pylist()), False])
+    rows = gone[encoded.indices.fill_null(len(gone) - 1).to_numpy()]
+    return table.filter(pa.array(~rows)) if rows.any() else table
 
 
 def _encoded(events: pa.Table) -> pa.Table:

@@ -35,6 +35,9 @@ class Before:
     n_train_items: int
     parts: dict[str, dict[str, int]]
     """Partition -> its counts."""
+    read: int
+    forgotten: int
+    """Rows read, and those of forgotten users among them."""
     files: dict[int, str] = field(default_factory=dict)
     """Names of the files that are there already, by their index."""
 
@@ -115,6 +118,8 @@ def appended(parts: dict[str, Any], manifest: dict[str, Any], prefix: str, units
         rest_hash=int(manifest["rest_hash"]),
         n_train_items=int(manifest["n_train_items"]),
         parts=manifest["parts"],
+        read=int(manifest["rows"]["read"]),
+        forgotten=int(manifest["rows"]["forgotten"]),
         files=dict(enumerate(order)),
     )
     first = int(manifest["units"])

@@ -76,7 +76,7 @@ def prepare(config: RunConfig, root: str, append: bool = False) -> storage.Direc
         config, directory.begin(inputs), partitions, units, pseudonyms=pseudonyms, forgotten=lineage.forgotten(directory.root),
         before=before,
     )  # fmt: skip
-    facts = _run(job, 0 if published is None or before is None else published["rows"]["read"])
+    facts = _run(job)
     storage.delete(job.work())
     ancestors = [] if published is None or before is None else [*published["ancestors"], published["inputs"]]
     order = [*(before.files.values() if before else ()), *dict.fromkeys(u.path for u in units["interactions"])]
@@ -109,11 +109,11 @@ def _partitions(config: RunConfig, units: list[sources.Unit]) -> int:
     return max(2, needed if needed < 4 else -(-needed // 4) * 4)
 
 
-def _run(job: Job, read_before: int) -> dict[str, Any]:
-    """All passes -> what the manifest says about the data. read_before: rows read before an append."""
+def _run(job: Job) -> dict[str, Any]:
+    """All passes -> what the manifest says about the data."""
     samples = _read_tables(job)
     job = job.having(known_items=samples.pop("hashes"))
-    rows, parts, touched = _read_events(job, read_before)
+    rows, parts, touched = _read_events(job)
     cuts = _time_cuts(job, parts) if job.data.protocol == "time" else (0, 0)
 
     fitted = _in_order(fit.fit_partition, (job, cuts), range(job.partitions), "prepare: counts, partitions")
@@ -178,7 +178,7 @@ def _read_tables(job: Job) -> dict[str, Any]:
     return {"hashes": hashes, "samples": [out["sample"] for out in kept], "items": sum(out["rows"] for out in kept)}
 
 
-def _read_events(job: Job, read_before: int) -> tuple[dict[str, Any], list[int], list[int]]:
+def _read_events(job: Job) -> tuple[dict[str, Any], list[int], list[int]]:
     """Pass 1 -> row counts, the partitions that have events, those that have new ones."""
     units = job.units["interactions"]
     log.info("prepare: %d pieces of the log into %d partitions", len(units), job.partitions)
@@ -193,10 +193,9 @@ def _read_events(job: Job, read_before: int) -> tuple[dict[str, Any], list[int],
     good, found = sum(s["events"] for s in settled), sum(s["found"] for s in settled)
     assert found == sum(r["good"] for r in read), (found, read)
     quarantined, reasons, first = _quarantine(job)
-    forgotten = sum(s["forgotten"] for s in settled)
+    forgotten = (job.before.forgotten if job.before else 0) + sum(r["forgotten"] for r in read)
     read_rows = good + quarantined + forgotten
-    # rows of a user who was forgotten after they were read are gone without a trace
-    assert read_rows == read_before + sum(r["read"] for r in read) or (job.before and job.forgotten), (read_rows, read_before, read)
+    assert read_rows == (job.before.read if job.before else 0) + sum(r["read"] for r in read), (read_rows, job.before, read)
     if not read_rows:
         raise DataError(f"interactions: {job.data.interactions.path} has no rows")
     share = quarantined / read_rows

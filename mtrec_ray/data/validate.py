@@ -131,11 +131,10 @@ def validate(
     return pa.table({name: columns[name] for name in schema.names}, schema=schema), rejected
 
 
-def quarantine_broken(file: str, broken: list[tuple[int, str]], data: DataConfig) -> pa.Table:
-    """Rows that are not even a row, in the quarantine's form. Their text is kept where nothing in it is secret."""
+def quarantine_broken(file: str, broken: list[tuple[int, str]], data: DataConfig, secret: bool) -> pa.Table:
+    """Rows that are not even a row, in the quarantine's form. secret: their text may not be kept."""
     rows, texts = zip(*broken, strict=True)
     n, why = len(rows), "not a JSON object" if data.interactions.format == "jsonl" else "wrong number of columns"
-    secret = bool(data.pseudonyms or data.sensitive)
     columns = [pa.array(rows, pa.int64()), [file] * n, [why] * n, [None] * n, ["(withheld)"] * n if secret else list(texts)]
     return pa.table(columns, schema=QUARANTINE)
 
@@ -169,7 +168,7 @@ def quarantine_rows(
             ROW: rows,
             "file": pa.array(files, pa.string()),
             "reason": pa.array([reason[i] for i in where], pa.string()),
-            USER: id_strings(table[USER].take(where)),
+            USER: pa.nulls(len(where), pa.string()) if USER in sensitive else id_strings(table[USER].take(where)),
             "raw": pa.array([repr(withhold(r, sensitive)) for r in raw], pa.string()),
         },
         schema=QUARANTINE,
