@@ -44,10 +44,9 @@ def describe(table: TableConfig, file: File) -> Description:
     columns: dict[str, pa.DataType | None] = {}
     for line in whole:
         for name, value in _flat(_object(line) or {}):
-            if value is not None:
+            known = columns.setdefault(name, None)
+            if value is not None and (known is None or pa.types.is_nested(known)):  # one plain value makes a plain column
                 columns[name] = _kind(value)
-            else:
-                columns.setdefault(name, None)
     return Description(columns, [(None, None)], complete=False)
 
 
