@@ -105,9 +105,9 @@ def test_files_without_rows_among_others_give_none(tmp_path: Path) -> None:
     assert [r[1] for r in read(table, ["u"])[0]] == ["u0", "u1"]
 
 
-@pytest.mark.parametrize("text", ['u,v\n1,a\n2,"b\n3,c\n4,d\n', 'u,v\n1,a\n2,"b\n3,c'])
-def test_a_quote_that_is_never_closed_is_named_with_its_row(tmp_path: Path, text: str) -> None:
-    with pytest.raises(SourceError, match=r"0\.csv: a quote is opened and never closed; row 1 holds every line"):
+@pytest.mark.parametrize("text", ['u,v\n1,a\n2,"b\n3,c\n4,d\n', 'u,v\n1,a\n2,"b\n3,c', 'u,v\n1,a\n"2,b\n3,c\n'])
+def test_a_quote_that_is_never_closed_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SourceError, match=r"0\.csv: a quote is opened and never closed; the last row holds every line"):
         read(csv_files(tmp_path, text), ["v"])
 
 
@@ -115,6 +115,14 @@ def test_a_quote_that_is_never_closed_is_named_with_its_row(tmp_path: Path, text
 def test_other_quotes_do_not_look_like_one_that_is_never_closed(tmp_path: Path, text: str) -> None:
     rows, broken = read(csv_files(tmp_path, text), ["u", "v"])
     assert [r[1] for r in rows] == ["1", "2"][: len(rows)] and not broken
+
+
+@pytest.mark.parametrize(
+    "tail", ['2,"b\n' + "3,c\n" * 8_000_000, "2," + "b" * (30 << 20) + "\n3,c\n"], ids=["open quote", "long value"]
+)
+def test_a_csv_row_longer_than_a_block_is_named(tmp_path: Path, tail: str) -> None:
+    with pytest.raises(SourceError, match=r"0\.csv: a row is longer than 8 MiB, or a quote is opened and never closed"):
+        read(csv_files(tmp_path, "u,v\n1,a\n" + tail), ["u", "v"])
 
 
 # --------------------------------------------------------------------------- bytes that are not UTF-8
