@@ -38,8 +38,9 @@ def csv_files(folder: Path, *texts: str | bytes) -> TableConfig:
 def test_a_parquet_file_with_a_damaged_footer_among_many_is_named_before_anything_is_read(tmp_path: Path) -> None:
     for name in "abcde":
         table = parquet(tmp_path / f"{name}.parquet")
-    damaged = bytearray((tmp_path / "c.parquet").read_bytes())
-    damaged[-40:-8] = os.urandom(32)
+    content = (tmp_path / "c.parquet").read_bytes()
+    length = int.from_bytes(content[-8:-4], "little")
+    damaged = content[: -8 - length] + b"\xff" * length + content[-8:]
     (tmp_path / "c.parquet").write_bytes(damaged)
     with pytest.raises(SourceError, match=r"interactions: .*c\.parquet cannot be read as parquet"):
         list_units(table, ["u"], "interactions")
