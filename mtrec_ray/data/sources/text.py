@@ -125,17 +125,21 @@ class _Quotes:
         self.end = (self.end + text)[-_HEAD:] if len(text) < _HEAD else text[-_HEAD:]
         return text
 
-    def left_open(self, delimiter: str, width: int, wanted: Sequence[int], last: Sequence[bytes | None]) -> bool:
-        """Whether a quote was opened and never closed, so that the last row holds what should be rows.
-
-        The number of quotes is odd then; but since quotes inside a value are let through, this is
-        certain only when the last line by itself is not the last row.
-        """
-        if self.count % 2 == 0:
-            return False
+    def end_with(self, delimiter: str, width: int, wanted: Sequence[int], last: Sequence[bytes | None]) -> bool:
+        """Whether the last line by itself is the last row. Where it is not, and the number of quotes is odd, a quote
+        was opened and never closed. (The number alone tells nothing: quotes inside a value are let through.)"""
         line = self.end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1].decode(errors="surrogateescape").rstrip("\r")
         values = [v.encode(errors="surrogateescape") for v in next(csv.reader([line], delimiter=delimiter), [])]
-        return len(values) != width or any((last[i] or b"") != values[w] for i, w in enumerate(wanted))
+        return len(values) == width and all((last[i] or b"") == values[w] for i, w in enumerate(wanted))
+
+
+def _batches(reader: pacsv.CSVStreamingReader, file: File) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from reader
+    except pa.ArrowInvalid as error:
+        if "straddl" not in str(error):
+            raise
+        raise SourceError(f"{file.path}: a row is longer than {_BLOCK >> 20} MiB, or a quote is opened and never closed") from None
 
 
 def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[str], base: int) -> Iterator[Block]:
@@ -175,8 +179,9 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
         )
         position = base
         last: pa.Table | None = None
+        over = False  # whether the last row is none and goes over lines
         skipped: list[int] = []  # numbers of the rows that are none, which no good row may take
-        for batch in reader:
+        for batch in _batches(reader, file):
             block = pa.table({n: pa.chunked_array([batch[place]]) for n, place in wanted.items()})
             skipped = sorted(n for n in {*skipped, *(number for number, _ in broken)} if n >= position)
             numbers = np.arange(position, position + len(batch) + len(skipped), dtype=np.int64)
@@ -186,14 +191,18 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
             last = block.slice(len(block) - 1) if len(block) else last
             found = broken.copy()
             broken.clear()
+            over = bool(found) and found[-1][0] >= position and "\n" in found[-1][1].strip()
             if wanted:
                 block, numbers = decode(block, numbers, found)
             yield block, numbers, found
         if broken:
+            over = "\n" in broken[-1][1].strip()
             yield pa.table({n: pa.array([], pa.string()) for n in columns}), np.zeros(0, np.int64), broken.copy()
-    if layout.quoted and last is not None and not broken:
-        values = [last[n][0].as_py() for n in wanted]
-        if quotes.left_open(layout.delimiter, len(names), [int(p) for p in wanted.values()], values):
+    if layout.quoted and (over or last is not None):
+        values = [last[n][0].as_py() for n in wanted] if last is not None else []
+        if quotes.count % 2 and (
+            over or not quotes.end_with(layout.delimiter, len(names), [int(p) for p in wanted.values()], values)
+        ):
             raise SourceError(
-                f"{file.path}: a quote is opened and never closed; row {position - base - 1} holds every line from there to the end"
+                f"{file.path}: a quote is opened and never closed; the last row holds every line from there to the end"
             )
