@@ -87,6 +87,7 @@ class _WholeSplit(DataConfig):
             dataset = dataset.copy(dataset)
             dataset.context.execution_options = self._resolve_execution_options(name)
             dataset.context.execution_options.preserve_order = True
+            dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
             for shard, split in zip(
                 shards, dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids), strict=True
             ):

@@ -94,7 +94,7 @@ def test_the_train_stage_started_again_after_its_driver_was_killed_goes_on(
 
     raw = tiny.raw_config(tiny_run.folder)
     change(raw)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))  # the order of tasks is the order of draws
     shutil.copytree(tiny_run.folder / "data", tmp_path / "out" / "data")
     command = [sys.executable, "-m", "jobs.train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
     environment = os.environ | {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"], "PYTHONPATH": str(ROOT)}

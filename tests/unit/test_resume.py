@@ -508,4 +508,8 @@ def test_a_run_may_go_on_with_another_number_of_workers_but_not_with_another_con
     fewer = tiny.make_config(tiny_run.folder, lambda raw: (everything(raw), raw["train"].update(workers=1, checkpoint_every=9)))  # type: ignore[func-returns-value]
     assert worker.run_identity(one, tiny_run.data, None) == worker.run_identity(fewer, tiny_run.data, None)
     assert worker.run_identity(one, tiny_run.data, None) != worker.run_identity(other, tiny_run.data, None)
+    turned = tiny.make_config(
+        tiny_run.folder, lambda raw: (everything(raw), raw.update(tasks=dict(reversed(raw["tasks"].items()))))
+    )  # type: ignore[func-returns-value]
+    assert worker.run_identity(one, tiny_run.data, None) != worker.run_identity(turned, tiny_run.data, None)
     assert worker.training_fingerprint(one, tiny_run.data, None) != worker.training_fingerprint(fewer, tiny_run.data, None)
