@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from mtrec_ray import storage
-from mtrec_ray.config import RunConfig
+from mtrec_ray.config import ConfigError, RunConfig
 from mtrec_ray.training import checkpoint, feed, loop, stream, worker
 from mtrec_ray.training.checkpoint import CheckpointError, Checkpoints
 from mtrec_ray.training.guard import TrainingStopped
@@ -305,6 +305,17 @@ def test_with_another_number_of_workers_every_window_of_every_epoch_is_trained_o
         assert again["train/windows"] == n and again["train/retrieval/loss"] == pytest.approx(
             line["train/retrieval/loss"], rel=1e-4
         )
+
+
+def test_workers_are_a_number_or_a_range(tiny_folder: Path) -> None:
+    def workers(value: Any) -> tuple[int, int]:
+        train = tiny.make_config(tiny_folder, lambda raw: raw["train"].update(workers=value)).train
+        return train.min_workers, train.max_workers
+
+    assert [workers(v) for v in (0, 3, [1, 2], [2, 2])] == [(0, 0), (3, 3), (1, 2), (2, 2)]
+    for wrong in (True, -1, 1.5, [0, 2], [2, 1], [1], [1, 2, 3], "two", None):
+        with pytest.raises(ConfigError, match=r"train\.workers: Input should be a number of workers such as 2, or \[min, max\]"):
+            workers(wrong)
 
 
 @pytest.mark.parametrize("change", [lambda raw: None, everything])
