@@ -59,6 +59,7 @@ def _fingerprint(config: RunConfig, data: storage.Directory, text: storage.Direc
     folds = {"profile_folds_test", "profile_fold_valid"}  # all of `evaluation` that training looks at
     parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train"})
     parts["train"] = {k: v for k, v in parts["train"].items() if k not in left_out}
+    parts["order"] = list(config.tasks)  # draws and the optimiser's parameters go by it
     parts["evaluation"] = config.evaluation.model_dump(mode="json", include=folds)
     return storage.fingerprint({
         "config": parts,
