@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mtrec_ray import hashing, storage
 from mtrec_ray.config import DataConfig, RunConfig
-from mtrec_ray.data import shuffle, sources
+from mtrec_ray.data import long, shuffle, sources
 from mtrec_ray.data.catalogue import check_unique, item_columns, user_columns
 from mtrec_ray.data.ids import sample, sorted_dictionary
 from mtrec_ray.data.partition import hash_ids, user_partition
@@ -42,6 +42,8 @@ class Job:
     """Units of the tables interactions, items and users."""
     known_items: NDArray[np.uint64] | None = None
     """Sorted hashes of the items table's ids."""
+    log_end: int = 0
+    """Time of the log's newest good row, ms; known once the log is read."""
 
     @property
     def data(self) -> DataConfig:
@@ -144,11 +146,12 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
 
 
 def settle_partition(job: Job, number: int) -> dict[str, int]:
-    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, write it."""
+    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, join a long log's rows, write it."""
     events = shuffle.read_partition(job.work("events"), number)
     users = users_of(job, number)
     if events is None or not len(events):
         return {"events": 0, "found": 0}
+    counts: dict[str, int] = {}
     found, rejected = len(events), []
     files = {u.file_index: u.path for u in job.units["interactions"]}
     if users is not None and job.data.unknown_users == "quarantine":
@@ -169,11 +172,17 @@ def settle_partition(job: Job, number: int) -> dict[str, int]:
         why = np.full(len(events), "duplicate event", dtype=object)
         rejected.append(quarantine_rows(events, files, double, why))
         events = events.filter(pa.array(~double))
+    if job.data.long is not None:
+        joined = long.join(events, job.data)
+        if joined.unmatched.any() and job.data.long.unmatched == "quarantine":
+            why = np.full(len(events), f"{job.data.long.type} matches no {job.data.long.impression}", dtype=object)
+            rejected.append(quarantine_rows(events, files, joined.unmatched, why))
+        events, counts = joined.events, joined.counts()
     if rejected:
         storage.write_table(job.part("quarantine", 1_000_000 + number), pa.concat_tables(rejected))
     if len(events):
         storage.write_table(job.part("events", number), events)
-    return {"events": len(events), "found": found}
+    return {"events": len(events), "found": found, **counts}
 
 
 def _encoded(events: pa.Table) -> pa.Table:

@@ -107,6 +107,7 @@ def _run(job: Job) -> tuple[dict[str, Any], tuple[int, int]]:
     job = job.having(known_items=samples.pop("hashes"))
     rows = _read_events(job)
     parts = rows.pop("parts")
+    job = job.having(log_end=rows.pop("log_end"))
     cuts = _time_cuts(job, parts) if job.data.protocol == "time" else (0, 0)
 
     fitted = _in_order(fit.fit_partition, (job, cuts), range(job.partitions), "prepare: counts, partitions")
@@ -160,7 +161,10 @@ def _read_events(job: Job) -> dict[str, Any]:
     good, found = sum(s["events"] for s in settled), sum(s["found"] for s in settled)
     assert found == sum(r["good"] for r in read), (found, read)
     quarantined, reasons, first = _quarantine(job)
-    read_rows = good + quarantined
+    counted: Counter[str] = Counter()  # what a long log's join says; no key where the log is wide
+    for s in settled:
+        counted.update({key: n for key, n in s.items() if key not in ("events", "found")})
+    read_rows = good + quarantined + counted["matched"]
     if not read_rows:
         raise DataError(f"interactions: {job.data.interactions.path} has no rows")
     share = quarantined / read_rows
@@ -176,6 +180,8 @@ def _read_events(job: Job) -> dict[str, Any]:
         "events": good,
         "quarantined": quarantined,
         "reasons": dict(sorted(reasons.items())),
+        **counted,
+        "log_end": max((r["latest"] for r in read if r["good"]), default=0),
         "parts": [n for n, s in enumerate(settled) if s["events"]],
     }
 
