@@ -36,7 +36,7 @@ class Row(NamedTuple):
     user: str = "u"
 
 
-def run_config(protocol: str = "time", same_time: str = "group", **long: Any) -> RunConfig:
+def run_config(history: str = "click > 0 or present(rating)", same_time: str = "group", **long: Any) -> RunConfig:
     """show, and three actions: click (binary), buy (binary, and its price numeric), rate (numeric)."""
     section = {"type": "what", "value": "number", "impression": "show", "attribution_hours": 4}
     section |= {"labels": {"click": "click", "bought": "buy", "price": "buy", "rating": "rate"}}
@@ -53,9 +53,8 @@ def run_config(protocol: str = "time", same_time: str = "group", **long: Any) ->
                     "rating": {"min": 1, "max": 5},
                     "like": {"expression": "rating >= 4", "kind": "binary"},
                 },
-                "history": "click > 0 or present(rating)",
+                "history": history,
                 "same_time": same_time,
-                "protocol": protocol,
             },
             "tasks": {"retrieval": {"kind": "retrieval", "positive": "bought > 0 or like > 0"}},
             "train": {"monitor": "retrieval/ndcg@10"},
@@ -257,7 +256,8 @@ _logs = st.lists(
 )
 _sections = st.sampled_from(
     [{}, {"attribution_hours": 2}, BY_REQUEST, {"request": "request"}, {"unmatched": "quarantine"},
-     {"impression": None, "attribution_hours": None, "labels": {"click": "click", "bought": "buy", "price": "rate", "rating": "show"}}]
+     {"impression": None, "attribution_hours": None,
+      "labels": {"click": "click", "bought": "buy", "price": "rate", "rating": "show"}}]
 )  # fmt: skip
 _orders = st.sampled_from(["group", "order"])
 
@@ -325,19 +325,12 @@ def histories(log: list[Row], run: RunConfig) -> dict[int, list[Any]]:
     visible = windows.visible_history(events, events.is_history, run.data.same_time)
     items = events.item_ids.to_pylist()
     assert events.shown_positive is not None
+    shown = [events.shown_positive, *events.shown.values()]
     out = {}
     for user, name in enumerate(events.user_ids.to_pylist()):
         mine = np.flatnonzero(events.user == user)
         entries = [
-            (
-                log[events.row[i]],
-                events.time[i],
-                items[i],
-                bool(events.shown_positive[i]),
-                *(str(v[i]) for v in events.shown.values()),
-            )
-            for i in mine
-            if events.is_history[i]
+            (log[events.row[i]], events.time[i], items[i], *(str(v[i]) for v in shown)) for i in mine if events.is_history[i]
         ]
         out |= {int(events.row[i]): entries[: visible[i]] for i in mine}
         out[-1 - ord(name)] = entries
@@ -345,10 +338,12 @@ def histories(log: list[Row], run: RunConfig) -> dict[int, list[Any]]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(log=_logs, section=_sections, same_time=_orders)
-def test_what_a_target_sees_is_what_the_log_said_before_its_moment(log: list[Row], section: dict[str, Any], same_time: str) -> None:
+@given(log=_logs, section=_sections, same_time=_orders, history=st.sampled_from(["click > 0 or present(rating)", "1 > 0"]))
+def test_what_a_target_sees_is_what_the_log_said_before_its_moment(
+    log: list[Row], section: dict[str, Any], same_time: str, history: str
+) -> None:
     """The log is cut before each target: its history is the same to the last value, so nothing in it came later."""
-    run = run_config(same_time=same_time, **section)
+    run = run_config(history, same_time, **section)
     for row, seen in histories(log, run).items():
         if row >= 0:
             before = [r for i, r in enumerate(log) if moment(log, i, run.data) < moment(log, row, run.data)]
