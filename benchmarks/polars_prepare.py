@@ -58,9 +58,7 @@ def read(folder: Path, items: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]
     good = checked.filter(pl.col("reason").is_null()).select(
         "user_id", "known", "timestamp", "row", *[pl.col(n).cast(pl.Float32) for n in LABELS], "device"
     )
-    bad = checked.filter(pl.col("reason").is_not_null()).select(
-        "row", "file", "reason", raw=pl.struct(KEYS).struct.json_encode()
-    )
+    bad = checked.filter(pl.col("reason").is_not_null()).select("row", "file", "reason", raw=pl.struct(KEYS).struct.json_encode())
     events, quarantine = pl.collect_all([good, bad], engine="streaming")
     return events, quarantine
 
@@ -145,7 +143,8 @@ def lists(frame: pl.DataFrame, length: pl.Series) -> list[pl.Series]:
     """Columns of consecutive rows -> columns of lists with these lengths, without a copy."""
     offsets = pl.concat([pl.Series([0], dtype=pl.Int64), length.cast(pl.Int64).cum_sum()]).to_arrow()
     return [
-        pl.Series(c.name, pl.from_arrow(pa.LargeListArray.from_arrays(offsets, c.rechunk().to_arrow()))) for c in frame.get_columns()
+        pl.Series(c.name, pl.from_arrow(pa.LargeListArray.from_arrays(offsets, c.rechunk().to_arrow())))
+        for c in frame.get_columns()
     ]
 
 
@@ -155,9 +154,7 @@ def ranges(frame: pl.DataFrame, start: pl.Series, end: pl.Series) -> list[pl.Ser
     return lists(frame.select(pl.all().gather(place)), end - start)
 
 
-def windows(
-    plan: pl.DataFrame, targets: pl.DataFrame, clicks: pl.DataFrame, users: pl.DataFrame, path: Path
-) -> None:
+def windows(plan: pl.DataFrame, targets: pl.DataFrame, clicks: pl.DataFrame, users: pl.DataFrame, path: Path) -> None:
     """Write windows. plan: user, window, count, base, start, end, n_targets; targets: in the order of the plan."""
     head = plan.select("window", profile_weight=(1 / pl.col("count")).cast(pl.Float32))
     about = users.select(pl.all().gather(plan["user"]))
@@ -186,7 +183,10 @@ def prepare(folder: Path, out: Path, window: int = 100, shares: tuple[float, flo
     lap("read and validate")
     events, user_ids, doubles = sort_and_deduplicate(events)
     quarantine = pl.concat(
-        [quarantine, doubles.select("row", file=pl.lit(""), reason=pl.lit("duplicate event"), raw=pl.struct(pl.all()).struct.json_encode())]
+        [
+            quarantine,
+            doubles.select("row", file=pl.lit(""), reason=pl.lit("duplicate event"), raw=pl.struct(pl.all()).struct.json_encode()),
+        ]
     )
     write(quarantine, out / "quarantine.parquet")
     lap("sort, deduplicate")
@@ -257,7 +257,8 @@ def prepare(folder: Path, out: Path, window: int = 100, shares: tuple[float, flo
         pl.col("place").cast(pl.Int64), start=pl.col("base") + pl.col("start"), end=pl.col("base") + pl.col("end")
     )
     plan = plan.join(per_window, on="place", how="left", maintain_order="left").with_columns(
-        pl.col("n_targets").fill_null(0), base=pl.col("start")  # training windows list nothing as seen
+        pl.col("n_targets").fill_null(0),
+        base=pl.col("start"),  # training windows list nothing as seen
     )
     windows(plan, targets.select("target_pos", *target), clicks, about, out / "windows" / "train.parquet")
     found = {"train": len(plan)}
@@ -289,7 +290,14 @@ def prepare(folder: Path, out: Path, window: int = 100, shares: tuple[float, flo
     write(pl.DataFrame(store), out / "store.parquet")
     lap("store")
     reasons = dict(quarantine.group_by("reason").len().sort("reason").iter_rows())
-    return {"events": len(events), "users": len(user_ids), "cuts": list(cuts), "reasons": reasons, "windows": found, "seconds": seconds}
+    return {
+        "events": len(events),
+        "users": len(user_ids),
+        "cuts": list(cuts),
+        "reasons": reasons,
+        "windows": found,
+        "seconds": seconds,
+    }
 
 
 def profiles(folder: Path, user_ids: pl.Series) -> pl.DataFrame:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mtrec_ray.expressions import Expression, ExpressionError
+from mtrec_ray.long_config import LongConfig
 from mtrec_ray.schema import Protocol
 
 
@@ -90,6 +91,9 @@ class LabelConfig(_Model):
     """Values above are quarantined."""
     values: tuple[float, ...] | None = None
     """The values that occur, when they are few: the history then embeds each value."""
+    maturity_hours: float | None = Field(default=None, gt=0)
+    """A target younger than this at the log's end has the label masked, since it may not have come yet, and labels derived
+    from it too, in every split. The history shows it all the same: there it stands for what was observed."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelConfig:
@@ -164,6 +168,8 @@ class DataConfig(_Model):
     time_unit: Literal["s", "ms", "us", "ns", "iso"] = "ms"
     """Unit of the log's timestamps, or `iso` for ISO 8601 texts; inside, time is int64 milliseconds UTC."""
     labels: dict[str, LabelConfig]
+    long: LongConfig | None = None
+    """The log is long: an impression, a click and a rating are rows of their own. Default: wide, labels are columns."""
     actions: tuple[str, ...] = ()
     """Labels that the history shows the trunk. Default: all that are not expressions."""
     context: tuple[str, ...] = ()
@@ -220,6 +226,8 @@ class DataConfig(_Model):
         for name, label in self.labels.items():
             if label.expression is not None:
                 _expression(label.expression, plain, f"labels.{name}.expression")
+        if self.long is not None:
+            self.long.check(self.labels, self.context)
         for name in self.actions:
             if name not in self.labels:
                 raise ValueError(f"actions: {name!r} is not among labels {sorted(self.labels)}")
@@ -251,7 +259,7 @@ class DataConfig(_Model):
             raise ValueError("text: an items table is needed")
         overlap = {a.column for a in self.attributes.values()} | set(self.attributes)
         columns = self.interactions.columns
-        for name in (*self.context, *self.action_names):
+        for name in (*self.context, *self.action_names, *(self.long.columns if self.long is not None else ())):
             shown = self.labels.get(name)
             reads = {name, columns.get(name, name)}
             if shown is not None and shown.expression is not None:

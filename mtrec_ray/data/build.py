@@ -16,6 +16,7 @@ from mtrec_ray.data import ids, windows
 from mtrec_ray.data.catalogue import catalogue_rows, item_columns
 from mtrec_ray.data.events import Job, read_events, users_of
 from mtrec_ray.data.fit import profile_codes, split_events, to_events
+from mtrec_ray.data.maturity import maturity_hours
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.schema import LogSchema
 
@@ -156,7 +157,8 @@ def build_windows(plan: Plan, number: int) -> dict[str, int]:
     job, schema = plan.job, plan.schema
     assert schema is not None
     same = plan.touched is not None and number not in plan.touched
-    events = to_events(job.config, read_events(job, number))
+    table = read_events(job, number)
+    events = to_events(job.config, table, job.log_end)
     split = split_events(job.data, events, plan.cuts)
     item_ids, codes = ids.sorted_dictionary(events.item_ids)
     if same:
@@ -170,6 +172,8 @@ def build_windows(plan: Plan, number: int) -> dict[str, int]:
     profile = profile_codes(job, schema, users_of(job, number), events.user_ids)
     fold = user_fold(events.user_ids)
     counts: dict[str, int] = {"users": len(events.user_ids)}
+    for name in maturity_hours(job.data):
+        counts[f"immature_{name}"] = int(np.isnan(events.labels[name]).sum() - np.isnan(table[name].to_numpy()).sum())
     for which, name in SPLITS.items():
         if which == windows.TRAIN:
             layout = windows.train_layout(events, split, schema.window, schema.same_time)

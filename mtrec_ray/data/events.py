@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mtrec_ray import hashing, storage
 from mtrec_ray.config import DataConfig, RunConfig
-from mtrec_ray.data import shuffle, sources
+from mtrec_ray.data import long, shuffle, sources
 from mtrec_ray.data.catalogue import check_unique, item_columns, user_columns
 from mtrec_ray.data.ids import sample, sorted_dictionary
 from mtrec_ray.data.lineage import Before, forgotten_hash
@@ -55,6 +55,8 @@ class Job:
     """Hashes of users whose events are left out (jobs.forget)."""
     before: Before | None = None
     """The published data that are appended to."""
+    log_end: int = 0
+    """Time of the log's newest good row, ms; known once the log is read."""
 
     @property
     def data(self) -> DataConfig:
@@ -172,49 +174,73 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
 
 
 def settle_partition(job: Job, number: int) -> dict[str, int]:
-    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, write it.
+    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, join a long log's rows, write it.
 
-    -> its events, and how many rows were found. Appended rows join the partition's events of before; a
-    partition that has none is taken as it is.
+    -> its events, how many rows were found, and what the join says. Appended rows join the partition's rows of before;
+    a partition that has none is taken as it is.
     """
     events = shuffle.read_partition(job.work("events"), number)
-    found = 0 if events is None else len(events)
-    before = None if job.before is None else storage.join(job.before.prefix, "events", f"part-{number:05d}.parquet")
-    if before is not None and not storage.exists(before):
-        before = None
-    if not found:
-        if before is not None:
-            storage.copy(before, job.part("events", number))
-        return {"events": 0 if before is None else storage.rows(before), "found": 0}
-    assert events is not None
-    rejected = []
+    if events is None or not len(events):
+        return _as_before(job, number)
+    found, counts, rejected = len(events), dict[str, int](), list[pa.Table]()
     files = {u.file_index: u.path for u in job.units["interactions"]} | (job.before.files if job.before else {})
+
+    def without(rows: pa.Table, bad: NDArray[np.bool_], why: str) -> pa.Table:
+        if not bad.any():
+            return rows
+        reason: NDArray[np.object_] = np.array([why] * len(rows), dtype=object)
+        rejected.append(quarantine_rows(rows, files, bad, reason, job.data.sensitive_names))
+        return rows.filter(pa.array(~bad))
+
     users = users_of(job, number)
     if users is not None and job.data.unknown_users == "quarantine":
         known = pc.is_in(events[USER], value_set=users["user_id"].combine_chunks())
-        if not pc.all(known).as_py():
-            strangers = pc.invert(known).to_numpy()
-            why = np.full(len(events), "user_id is not in the users table", dtype=object)
-            rejected.append(quarantine_rows(events, files, strangers, why, job.data.sensitive_names))
-            events = events.filter(known)
+        events = without(events, ~known.to_numpy(), "user_id is not in the users table")
+    before = _before(job, number)
     if before is not None:
         events = pa.concat_tables([storage.read_table(before).cast(events.schema), events])
-    events = _encoded(events)
-    time, row = events[TIME].to_numpy(), events[ROW].to_numpy()
-    user = events[USER].chunk(0).indices.to_numpy() if len(events) else np.zeros(0, np.int32)
-    keys = (time, user) if (np.diff(row) > 0).all() else (row, time, user)
-    events = events.take(pa.array(np.lexsort(keys)))
-    double = duplicates(events)
-    if double.any():
-        why = np.full(len(events), "duplicate event", dtype=object)
-        rejected.append(quarantine_rows(events, files, double, why, job.data.sensitive_names))
-        events = events.filter(pa.array(~double))
+    events = _sorted(_encoded(events))
+    events = without(events, duplicates(events), "duplicate event")
+    if job.data.long is not None:
+        rows, joined = events, long.join(events, job.data)
+        if job.data.long.unmatched == "quarantine":
+            rows = without(rows, joined.unmatched, f"{job.data.long.type} matches no {job.data.long.impression}")
+        storage.write_table(job.part("rows", number), rows)  # what an append joins anew
+        events, counts = joined.events, joined.counts()
     if rejected:
         generation = job.before.generation if job.before else 0
         storage.write_table(job.part("quarantine", 1_000_000 * (generation + 1) + number), pa.concat_tables(rejected))
     if len(events):
         storage.write_table(job.part("events", number), events)
-    return {"events": len(events), "found": found}
+    return {"events": len(events), "found": found, **counts}
+
+
+def _before(job: Job, number: int) -> str | None:
+    """The file of a partition's settled rows before an append."""
+    if job.before is None:
+        return None
+    uri = storage.join(job.before.prefix, "events" if job.data.long is None else "rows", f"part-{number:05d}.parquet")
+    return uri if storage.exists(uri) else None
+
+
+def _as_before(job: Job, number: int) -> dict[str, int]:
+    """A partition that no row was found for."""
+    if _before(job, number) is None:
+        return {"events": 0, "found": 0}
+    assert job.before is not None
+    for kind in ("events", "rows"):
+        uri = storage.join(job.before.prefix, kind, f"part-{number:05d}.parquet")
+        if storage.exists(uri):
+            storage.copy(uri, job.part(kind, number))
+    return job.before.settled[str(number)] | {"found": 0}
+
+
+def _sorted(events: pa.Table) -> pa.Table:
+    """By user, time and row; ids are dictionaries in order."""
+    time, row = events[TIME].to_numpy(), events[ROW].to_numpy()
+    user = events[USER].combine_chunks().indices.to_numpy()
+    keys = (time, user) if (np.diff(row) > 0).all() else (row, time, user)
+    return events.take(pa.array(np.lexsort(keys)))
 
 
 def _without_forgotten(job: Job, table: pa.Table) -> pa.Table:

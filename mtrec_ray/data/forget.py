@@ -20,7 +20,7 @@ from mtrec_ray.data import lineage
 from mtrec_ray.data.partition import user_partition
 from mtrec_ray.training.worker import window_cache
 
-_BY_USER = ("events", "store", "windows/train", "windows/valid", "windows/test")
+_BY_USER = ("events", "rows", "store", "windows/train", "windows/valid", "windows/test")
 
 
 @dataclass

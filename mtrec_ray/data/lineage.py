@@ -35,6 +35,9 @@ class Before:
     n_train_items: int
     parts: dict[str, dict[str, int]]
     """Partition -> its counts."""
+    settled: dict[str, dict[str, int]]
+    """Partition -> its events, and what a long log's join says of it."""
+    log_end: int
     read: int
     forgotten: int
     """Rows read, and those of forgotten users among them."""
@@ -118,6 +121,8 @@ def appended(parts: dict[str, Any], manifest: dict[str, Any], prefix: str, units
         rest_hash=int(manifest["rest_hash"]),
         n_train_items=int(manifest["n_train_items"]),
         parts=manifest["parts"],
+        settled=manifest["settled"],
+        log_end=int(manifest["log_end"]),
         read=int(manifest["rows"]["read"]),
         forgotten=int(manifest["rows"]["forgotten"]),
         files=dict(enumerate(order)),

@@ -29,7 +29,8 @@ from mtrec_ray.data import build, fit, ids, lineage, sources
 from mtrec_ray.data import events as stage
 from mtrec_ray.data.catalogue import item_columns, user_columns
 from mtrec_ray.data.events import Job
-from mtrec_ray.data.lineage import Before, DataError
+from mtrec_ray.data.lineage import DataError
+from mtrec_ray.data.maturity import maturity_hours
 from mtrec_ray.data.validate import needed_columns
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.schema import LogSchema
@@ -113,7 +114,11 @@ def _run(job: Job) -> dict[str, Any]:
     """All passes -> what the manifest says about the data."""
     samples = _read_tables(job)
     job = job.having(known_items=samples.pop("hashes"))
-    rows, parts, touched = _read_events(job)
+    rows, settled = _read_events(job)
+    parts = [n for n, s in enumerate(settled) if s["events"]]
+    touched = [n for n, s in enumerate(settled) if s["found"]]
+    log_end = rows.pop("log_end")
+    job = job.having(log_end=log_end)
     cuts = _time_cuts(job, parts) if job.data.protocol == "time" else (0, 0)
 
     fitted = _in_order(fit.fit_partition, (job, cuts), range(job.partitions), "prepare: counts, partitions")
@@ -132,7 +137,7 @@ def _run(job: Job) -> dict[str, Any]:
     schema = fit.fit_schema(job.config, together, numbers.items, numbers.train, key_fingerprint)
     rest_hash = sum(int(h) for h in hashes) % 2**64
     plan = replace(plan, numbers=numbers, schema=schema)
-    if job.before is not None and _only_touched_differ(job.before, schema, cuts, rest_hash):
+    if _only_touched_differ(job, schema, cuts, rest_hash):
         plan = replace(plan, touched=frozenset(touched))
     log.info("prepare: windows of %d of %d partitions are made", len(parts if plan.touched is None else touched), len(parts))
 
@@ -146,6 +151,8 @@ def _run(job: Job) -> dict[str, Any]:
     return {
         "rows": rows,
         "cuts": list(cuts),
+        "log_end": log_end,
+        "settled": {str(n): {k: v for k, v in s.items() if k != "found"} for n, s in enumerate(settled) if s["events"]},
         "parts": {str(n): c for n, c in zip(parts, counted, strict=True)},
         "rest_hash": str(rest_hash),
         "pseudonym_key": key_fingerprint,
@@ -154,8 +161,12 @@ def _run(job: Job) -> dict[str, Any]:
     }
 
 
-def _only_touched_differ(before: Before, schema: LogSchema, cuts: tuple[int, int], rest_hash: int) -> bool:
-    """Whether partitions without new rows have the windows that they had: the same split, numbers and transforms."""
+def _only_touched_differ(job: Job, schema: LogSchema, cuts: tuple[int, int], rest_hash: int) -> bool:
+    """Whether partitions without new rows have the windows that they had: the same split, numbers, transforms, and no
+    label that has matured since."""
+    before = job.before
+    if before is None or (maturity_hours(job.data) and before.log_end != job.log_end):
+        return False
     old = LogSchema.model_validate_json(storage.read_bytes(storage.join(before.prefix, "schema.json")))
     # statistics of labels and actions are not part of any window
     fitted = schema.model_copy(update={"labels": old.labels, "actions": old.actions})
@@ -178,8 +189,8 @@ def _read_tables(job: Job) -> dict[str, Any]:
     return {"hashes": hashes, "samples": [out["sample"] for out in kept], "items": sum(out["rows"] for out in kept)}
 
 
-def _read_events(job: Job) -> tuple[dict[str, Any], list[int], list[int]]:
-    """Pass 1 -> row counts, the partitions that have events, those that have new ones."""
+def _read_events(job: Job) -> tuple[dict[str, Any], list[dict[str, int]]]:
+    """Pass 1 -> row counts and the time of the log's newest row; what was settled in each partition."""
     units = job.units["interactions"]
     log.info("prepare: %d pieces of the log into %d partitions", len(units), job.partitions)
     read = _in_order(stage.read_events_unit, job, range(len(units)), "prepare: log, pieces")
@@ -194,7 +205,10 @@ def _read_events(job: Job) -> tuple[dict[str, Any], list[int], list[int]]:
     assert found == sum(r["good"] for r in read), (found, read)
     quarantined, reasons, first = _quarantine(job)
     forgotten = (job.before.forgotten if job.before else 0) + sum(r["forgotten"] for r in read)
-    read_rows = good + quarantined + forgotten
+    counted: Counter[str] = Counter()  # what a long log's join says; no key where the log is wide
+    for s in settled:
+        counted.update({key: n for key, n in s.items() if key not in ("events", "found")})
+    read_rows = good + quarantined + counted["matched"] + forgotten
     assert read_rows == (job.before.read if job.before else 0) + sum(r["read"] for r in read), (read_rows, job.before, read)
     if not read_rows:
         raise DataError(f"interactions: {job.data.interactions.path} has no rows")
@@ -212,8 +226,10 @@ def _read_events(job: Job) -> tuple[dict[str, Any], list[int], list[int]]:
         "quarantined": quarantined,
         "reasons": dict(sorted(reasons.items())),
         "forgotten": forgotten,
+        **counted,
+        "log_end": max([r["latest"] for r in read if r["good"]] + ([job.before.log_end] if job.before else []), default=0),
     }
-    return rows, [n for n, s in enumerate(settled) if s["events"]], [n for n, s in enumerate(settled) if s["found"]]
+    return rows, settled
 
 
 def _check_unit_of_time(job: Job, read: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -10,15 +10,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mtrec_ray.config import DataConfig
+from mtrec_ray.config import DataConfig, LabelConfig
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.data.sources import ROW, id_strings
 from mtrec_ray.expressions import Expression
+from mtrec_ray.long_config import shown_column
 from mtrec_ray.privacy import withhold
 
 ROW_BITS = 40
 """A row's number is (index of its file) · 2^40 + (its place in the file)."""
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
+TYPE, VALUE, REQUEST = "long:type", "long:value", "long:request"
+"""Columns of a long log's rows, under names that no label can have."""
 _TO_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 _DAY_MS = 86_400_000
 _LATEST_MS = 7_258_118_400_000  # the year 2200: a later time is a wrong unit
@@ -31,11 +34,24 @@ QUARANTINE = pa.schema(
 def needed_columns(data: DataConfig) -> list[str]:
     """Columns of the log that the configuration reads."""
     plain = [n for n, label in data.labels.items() if label.expression is None]
+    if data.long is not None:
+        return list(dict.fromkeys([USER, ITEM, TIME, *data.long.columns, *data.context]))
     return [USER, ITEM, TIME, *plain, *data.context]
 
 
+def row_schema(data: DataConfig) -> pa.Schema:
+    """Arrow schema of validated rows: of a wide log, those of its events; of a long log, those that long.py joins."""
+    if data.long is None:
+        return event_schema(data)
+    own = [(TYPE, pa.string()), (VALUE, pa.float64()), (REQUEST, pa.string())]
+    ids = [(USER, pa.string()), (ITEM, pa.string()), (TIME, pa.int64()), (ROW, pa.int64())]
+    return pa.schema([*ids, *own, *[(n, pa.string()) for n in data.context]])
+
+
 def event_schema(data: DataConfig) -> pa.Schema:
-    """Arrow schema of validated events: ids, int64 milliseconds, row, float64 labels, context strings."""
+    """Arrow schema of events: ids, int64 milliseconds, row, float64 labels, context strings; of a long log, the labels
+    as the history shows them too."""
+    shown = [] if data.long is None else [(shown_column(n), pa.float64()) for n in data.labels]
     return pa.schema(
         [
             (USER, pa.string()),
@@ -43,9 +59,14 @@ def event_schema(data: DataConfig) -> pa.Schema:
             (TIME, pa.int64()),
             (ROW, pa.int64()),
             *[(n, pa.float64()) for n in data.labels],
+            *shown,
             *[(n, pa.string()) for n in data.context],
         ]
     )
+
+
+_Mark = Callable[[NDArray[np.bool_], str], None]
+"""Where rows are bad, and why."""
 
 
 class _Reasons:
@@ -91,23 +112,15 @@ def validate(
     if now_ms is not None:
         mark(time > now_ms + _DAY_MS, "timestamp is in the future")
     labels: dict[str, NDArray[np.float64]] = {}
-    for name, label in data.labels.items():
-        if label.expression is not None:
-            continue
-        values = _numbers(table[name])
-        present = ~_empty(table[name])
-        if pa.types.is_floating(table[name].type):
-            present &= ~np.isnan(table[name].to_numpy())
-        mark(present & ~np.isfinite(values), f"{name} is not a number")
-        if label.kind == "binary":
-            mark(present & (values != 0) & (values != 1), f"{name} is not 0 or 1")
-        if label.min is not None:
-            mark(present & (values < label.min), f"{name} is below {label.min:g}")
-        if label.max is not None:
-            mark(present & (values > label.max), f"{name} is above {label.max:g}")
-        if label.values is not None:
-            mark(present & ~np.isin(values, label.values), f"{name} is not one of its values")
-        labels[name] = values
+    long: dict[str, pa.Array | pa.ChunkedArray] = {}
+    if data.long is not None:
+        long = _long_columns(table, data, mark)
+    else:
+        for name, label in data.labels.items():
+            if label.expression is None:
+                values, present = _numbers(table[name]), _present(table[name])
+                _check_label(name, label, values, present, mark)
+                labels[name] = values
     if known_items is not None and data.unknown_items == "quarantine":
         hashed = hash_ids(items)
         place = np.minimum(np.searchsorted(known_items, hashed), max(len(known_items) - 1, 0))
@@ -115,7 +128,7 @@ def validate(
         mark(~known, "item_id is not in the items table")
 
     bad = reasons.bad
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {USER: users, ITEM: items, ROW: table[ROW]}
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {USER: users, ITEM: items, ROW: table[ROW], **long}
     columns |= {name: id_strings(table[name]) for name in data.context}
     if not bad.any():
         rejected = QUARANTINE.empty_table()
@@ -126,8 +139,9 @@ def validate(
         time = time[good]
         labels = {name: values[good] for name, values in labels.items()}
     columns[TIME] = pa.array(time.astype(np.int64))
-    columns |= {name: pa.array(values) for name, values in derive(labels, data, len(time)).items()}
-    schema = event_schema(data)
+    if data.long is None:
+        columns |= {name: pa.array(values) for name, values in derive(labels, data, len(time)).items()}
+    schema = row_schema(data)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema), rejected
 
 
@@ -137,6 +151,44 @@ def quarantine_broken(file: str, broken: list[tuple[int, str]], data: DataConfig
     n, why = len(rows), "not a JSON object" if data.interactions.format == "jsonl" else "wrong number of columns"
     columns = [pa.array(rows, pa.int64()), [file] * n, [why] * n, [None] * n, ["(withheld)"] * n if secret else list(texts)]
     return pa.table(columns, schema=QUARANTINE)
+
+
+def _check_label(name: str, label: LabelConfig, values: NDArray[np.float64], present: NDArray[np.bool_], mark: _Mark) -> None:
+    """Mark the values of a label that cannot be, where it is present."""
+    mark(present & ~np.isfinite(values), f"{name} is not a number")
+    if label.kind == "binary":
+        mark(present & (values != 0) & (values != 1), f"{name} is not 0 or 1")
+    if label.min is not None:
+        mark(present & (values < label.min), f"{name} is below {label.min:g}")
+    if label.max is not None:
+        mark(present & (values > label.max), f"{name} is above {label.max:g}")
+    if label.values is not None:
+        mark(present & ~np.isin(values, label.values), f"{name} is not one of its values")
+
+
+def _long_columns(table: pa.Table, data: DataConfig, mark: _Mark) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """Type, value and request of a long log's rows; a value counts only where the type gives a numeric label."""
+    long = data.long
+    assert long is not None
+    kind = id_strings(table[long.type])
+    mark(kind.is_null().to_numpy(), f"{long.type} is missing")
+    mark(~pc.is_in(kind, value_set=pa.array(long.types, pa.string())).to_numpy(), f"{long.type} is not one of {list(long.types)}")
+    nothing = pa.nulls(len(table), pa.string())
+    values, present = np.full(len(table), np.nan), np.zeros(len(table), bool)
+    if long.value is not None:
+        values, present = _numbers(table[long.value]), _present(table[long.value])
+    binary = {long.labels[n] for n, label in data.labels.items() if n in long.labels and label.kind == "binary"}
+    reads = np.zeros(len(table), bool)
+    for name, type_ in long.labels.items():
+        label = data.labels[name]
+        if label.kind == "numeric":
+            given = pc.equal(kind, type_).fill_null(False).to_numpy()
+            if type_ not in binary:  # such a row says nothing else
+                mark(given & ~present, f"{name} is missing")
+            _check_label(name, label, values, given & present, mark)
+            reads |= given
+    request = nothing if long.request is None else id_strings(table[long.request])
+    return {TYPE: kind, VALUE: pa.array(np.where(reads & present, values, np.nan)), REQUEST: request}
 
 
 def derive(plain: Mapping[str, NDArray[np.float64]], data: DataConfig, n: int) -> dict[str, NDArray[np.float64]]:
@@ -210,6 +262,14 @@ def _milliseconds(column: pa.ChunkedArray, unit: str) -> NDArray[np.float64]:
                 values.is_null().to_numpy(zero_copy_only=False), np.floor(_numbers(column) * _TO_MS[unit]), milliseconds
             )
     return np.floor(_numbers(column) * _TO_MS[unit])
+
+
+def _present(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Where there is a value, a number or not."""
+    present = ~_empty(column)
+    if pa.types.is_floating(column.type):
+        present &= ~np.isnan(column.to_numpy())
+    return present
 
 
 def _empty(column: pa.ChunkedArray) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,12 @@ class Events:
     is_history: BoolArray
     is_positive: BoolArray
     labels: dict[str, NDArray[np.float32]]
+    """As targets learn them."""
     context: dict[str, pa.Array]
+    shown: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """As the history shows them, where it does not show `labels`."""
+    shown_positive: BoolArray | None = None
+    """The same of `is_positive`."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -303,6 +308,8 @@ def windows_table(
         return list_array(offsets, pa.array(values))
 
     (h, h_offsets), (seen, s_offsets) = layout.history(), layout.seen()
+    shown = events.labels | events.shown
+    shown_positive = events.is_positive if events.shown_positive is None else events.shown_positive
     t, t_offsets = layout.target_event, layout.target_offsets
     columns: dict[str, pa.Array] = {
         "user_id": strings(events.user_ids.take(pa.array(layout.user))),
@@ -312,7 +319,7 @@ def windows_table(
         "history_item": ragged(h_offsets, item[h]),
         "history_time": ragged(h_offsets, events.time[h]),
         "history_row": ragged(h_offsets, events.row[h]),
-        "history_positive": ragged(h_offsets, events.is_positive[h].astype(np.int8)),
+        "history_positive": ragged(h_offsets, shown_positive[h].astype(np.int8)),
         "target_item": ragged(t_offsets, item[t]),
         "target_time": ragged(t_offsets, events.time[t]),
         "target_row": ragged(t_offsets, events.row[t]),
@@ -321,7 +328,7 @@ def windows_table(
         "target_positive": ragged(t_offsets, events.is_positive[t].astype(np.int8)),
         "seen_item": ragged(s_offsets, item[seen]),
     }
-    columns |= {f"history_action_{n}": ragged(h_offsets, events.labels[n][h]) for n in actions}
+    columns |= {f"history_action_{n}": ragged(h_offsets, shown[n][h]) for n in actions}
     columns |= {f"label_{n}": ragged(t_offsets, v[t]) for n, v in events.labels.items()}
     columns |= {f"history_context_{n}": ragged(h_offsets, v[h]) for n, v in context.items()}
     columns |= {f"target_context_{n}": ragged(t_offsets, v[t]) for n, v in context.items()}
@@ -333,6 +340,7 @@ def store_table(layout: Layout, events: Events, actions: list[str]) -> pa.Table:
     """The Parquet form of the history store: the log's own ids; `seen_*` are the events before the history."""
 
     (h, h_offsets), (s, s_offsets) = layout.history(), layout.seen()
+    shown = events.labels | events.shown
     columns: dict[str, pa.Array] = {
         "user_id": strings(events.user_ids.take(pa.array(layout.user))),
         "history_item_id": list_array(h_offsets, strings(events.item_ids.take(pa.array(h)))),
@@ -341,7 +349,7 @@ def store_table(layout: Layout, events: Events, actions: list[str]) -> pa.Table:
         "seen_time": list_array(s_offsets, pa.array(events.time[s])),
     }
     for name in actions:
-        columns[f"history_action_{name}"] = list_array(h_offsets, pa.array(events.labels[name][h]))
+        columns[f"history_action_{name}"] = list_array(h_offsets, pa.array(shown[name][h]))
     for name, values in events.context.items():
         columns[f"history_context_{name}"] = list_array(h_offsets, strings(values.take(pa.array(h))))
     return pa.table(columns)
