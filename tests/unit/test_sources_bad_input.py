@@ -135,6 +135,22 @@ def test_csv_rows_of_bytes_that_are_not_utf8_are_broken_rows_with_their_number(t
     assert broken == [(1, "2,caf\ufffd"), (3, "\ufffd,d")]
 
 
+def test_a_row_with_both_faults_is_one_broken_row(tmp_path: Path) -> None:
+    assert read(csv_files(tmp_path, b"u,v\n1,a\n2,\xe9,b\n3,\xe9\n4,c\n"), ["u"]) == (
+        [(0, "1"), (2, "3"), (3, "4")],
+        [(1, "2,\ufffd,b")],
+    )
+
+
+def test_characters_cut_by_the_end_of_a_block_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("u\n" + "x😀\n" * 3_000_000, encoding="utf-8")  # 18 MB: blocks of 8 MiB end inside
+    table = TableConfig(path=str(tmp_path), format="csv")
+    [unit] = list_units(table, ["u"], "interactions")
+    found = [(block["u"].unique().to_pylist(), len(block), broken) for block, broken in read_unit(table, unit, ["u"])]
+    assert all(values == ["x😀"] and not broken for values, _, broken in found)
+    assert sum(n for _, n, _ in found) == 3_000_000
+
+
 def test_bytes_that_are_not_utf8_in_a_column_that_is_not_read_do_not_matter(tmp_path: Path) -> None:
     assert read(csv_files(tmp_path, b"u,caf\xe9\n1,\xe9\n"), ["u"]) == ([(0, "1")], [])
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
+from numpy.typing import NDArray
 
 from mtrec_ray.config import TableConfig
 from mtrec_ray.data.sources.base import COMPRESSED, Block, Broken, Description, File, SourceError, Unit, doubled
-from mtrec_ray.data.sources.columns import decode
 
 _BLOCK = 8 << 20
 _HEAD = 1 << 16
 _LONGEST_HEADER = 4 << 20
+_MARK = "\ufdd0"  # no character: Unicode leaves it to programs
 _UNIT_SEPARATOR = "\x1f"
 
 
@@ -113,24 +117,44 @@ class _Replace:
         return text[: len(text) - len(self.kept)]
 
 
-class _Quotes:
-    """Count quotes as text passes by, and keep its end."""
+class _Watch:
+    """Watches text pass by: bytes that are not UTF-8 become MARK, quotes are counted, the end is kept."""
 
     def __init__(self) -> None:
-        self.count, self.end = 0, b""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self.marked, self.quotes, self.end = False, 0, b""
 
     def __call__(self, piece: bytes) -> bytes:
-        text = bytes(piece)
-        self.count += text.count(b'"')
+        characters = self.decoder.decode(bytes(piece), final=not piece)
+        try:
+            text = characters.encode()
+        except UnicodeEncodeError:
+            self.marked = True
+            text = re.sub("[\udc80-\udcff]", _MARK, characters).encode()
+        self.quotes += text.count(b'"')
         self.end = (self.end + text)[-_HEAD:] if len(text) < _HEAD else text[-_HEAD:]
         return text
 
-    def end_with(self, delimiter: str, width: int, wanted: Sequence[int], last: Sequence[bytes | None]) -> bool:
+    def end_with(self, delimiter: str, width: int, wanted: Sequence[int], last: Sequence[str | None]) -> bool:
         """Whether the last line by itself is the last row. Where it is not, and the number of quotes is odd, a quote
         was opened and never closed. (The number alone tells nothing: quotes inside a value are let through.)"""
-        line = self.end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1].decode(errors="surrogateescape").rstrip("\r")
-        values = [v.encode(errors="surrogateescape") for v in next(csv.reader([line], delimiter=delimiter), [])]
-        return len(values) == width and all((last[i] or b"") == values[w] for i, w in enumerate(wanted))
+        line = self.end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1].decode(errors="replace").rstrip("\r")
+        values = next(csv.reader([line], delimiter=delimiter), [])
+        return len(values) == width and all((last[i] or "") == values[w] for i, w in enumerate(wanted))
+
+
+def _unmarked(block: pa.Table, numbers: NDArray[np.int64], broken: Broken) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The rows without a byte that is not UTF-8; the others go to `broken`."""
+    bad = np.zeros(len(block), dtype=bool)
+    for column in block.columns:
+        bad |= pc.match_substring(column, _MARK).fill_null(False).to_numpy()
+    for index in np.flatnonzero(bad):
+        broken.append((int(numbers[index]), ",".join(_legible(c[int(index)].as_py() or "") for c in block.columns)))
+    return block.filter(pa.array(~bad)), numbers[~bad]
+
+
+def _legible(text: str) -> str:
+    return text.replace(_MARK, "\ufffd")
 
 
 def _batches(reader: pacsv.CSVStreamingReader, file: File) -> Iterator[pa.RecordBatch]:
@@ -152,14 +176,13 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
     skip = 1 if layout.header else 0
 
     def not_a_row(row: pacsv.InvalidRow) -> str:
-        broken.append((-1 if row.number is None else base + row.number - 1 - skip, row.text or ""))
+        broken.append((-1 if row.number is None else base + row.number - 1 - skip, _legible(row.text or "")))
         return "skip"
 
     places = [str(i) for i in range(len(names))]  # whatever the header calls them, and if twice
     wanted = {n: places[list(names).index(n)] for n in columns}
-    quotes = _Quotes()
-    stream = _open(layout, file)
-    with pa.TransformInputStream(stream, quotes) if layout.quoted else stream as source:
+    watch = _Watch()
+    with pa.TransformInputStream(_open(layout, file), watch) as source:
         reader = pacsv.open_csv(
             source,
             read_options=pacsv.ReadOptions(use_threads=False, block_size=_BLOCK, column_names=places, skip_rows=skip),
@@ -170,7 +193,7 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
                 invalid_row_handler=not_a_row,
             ),
             convert_options=pacsv.ConvertOptions(
-                column_types={place: pa.binary() for place in wanted.values()},
+                column_types={place: pa.string() for place in wanted.values()},
                 include_columns=sorted(set(wanted.values())) or places[:1],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
@@ -192,16 +215,16 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
             found = broken.copy()
             broken.clear()
             over = bool(found) and found[-1][0] >= position and "\n" in found[-1][1].strip()
-            if wanted:
-                block, numbers = decode(block, numbers, found)
+            if watch.marked and wanted:
+                block, numbers = _unmarked(block, numbers, found)
             yield block, numbers, found
         if broken:
             over = "\n" in broken[-1][1].strip()
             yield pa.table({n: pa.array([], pa.string()) for n in columns}), np.zeros(0, np.int64), broken.copy()
     if layout.quoted and (over or last is not None):
         values = [last[n][0].as_py() for n in wanted] if last is not None else []
-        if quotes.count % 2 and (
-            over or not quotes.end_with(layout.delimiter, len(names), [int(p) for p in wanted.values()], values)
+        if watch.quotes % 2 and (
+            over or not watch.end_with(layout.delimiter, len(names), [int(p) for p in wanted.values()], values)
         ):
             raise SourceError(
                 f"{file.path}: a quote is opened and never closed; the last row holds every line from there to the end"
