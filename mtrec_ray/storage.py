@@ -62,7 +62,7 @@ def exists(uri: str | Path) -> bool:
 def read_bytes(uri: str | Path) -> bytes:
     filesystem, path = resolve(uri)
     try:
-        with filesystem.open_input_stream(path) as stream:
+        with filesystem.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
     except FileNotFoundError:
         raise StorageError(f"{uri}: not found") from None
@@ -71,7 +71,7 @@ def read_bytes(uri: str | Path) -> bytes:
 def write_bytes(uri: str | Path, data: bytes) -> None:
     filesystem, path = resolve(uri)
     filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    with filesystem.open_output_stream(path) as stream:
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
 
 
@@ -268,7 +268,7 @@ def file_fingerprint_of_path(root: str, path: str) -> str:
     """SHA-256 of one file given as a path on `root`'s filesystem."""
     filesystem, _ = resolve(root)
     digest = hashlib.sha256()
-    with filesystem.open_input_stream(path) as stream:
+    with filesystem.open_input_stream(path, compression=None) as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()

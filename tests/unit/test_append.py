@@ -18,6 +18,7 @@ from mtrec_ray.data import lineage
 from mtrec_ray.data.lineage import DataError
 from mtrec_ray.data.prepare import prepare
 from tests import tiny
+from tests.unit import test_long
 
 
 def config_of(folder: Path, **data: Any) -> RunConfig:
@@ -176,3 +177,27 @@ def test_the_same_log_is_covered_wherever_its_files_lie_in_time(tmp_path: Path) 
     later = {"files": {"interactions": {"a": {"size": 1, "modified": 9, "sha256": "x"}}}, "data": {}}
     other = {"files": {"interactions": {"a": {"size": 1, "modified": 2, "sha256": "y"}}}, "data": {}}
     assert lineage.covers(parts) == lineage.covers(later) != lineage.covers(other)
+
+
+def test_an_action_of_today_belongs_to_an_impression_of_yesterday(tmp_path: Path) -> None:
+    tiny.write_log(tmp_path)
+    test_long.write_long_log(tmp_path)
+    today = tmp_path / "long" / "part1.csv"
+    interactions = tiny.raw_config(tmp_path)["data"]["interactions"] | {"path": str(tmp_path / "long")}
+    config = config_of(tmp_path, interactions=interactions, long=test_long.long_section(request="request"))
+    at_once = tiny.prepare_locally(config, tmp_path / "once")
+    text = today.read_text()
+    rows = text.splitlines()
+    # the first rows of today are actions on what was shown yesterday
+    head, early = rows[0], [r for r in (tmp_path / "long" / "part0.csv").read_text().splitlines() if ",click," in r][:5]
+    yesterday = (tmp_path / "long" / "part0.csv").read_text()
+    (tmp_path / "long" / "part0.csv").write_text("\n".join(r for r in yesterday.splitlines() if r not in early) + "\n")
+    today.unlink()
+    tiny.prepare_locally(config, tmp_path / "grown")
+    today.write_text("\n".join([head, *early, *rows[1:]]) + "\n")
+    grown = append(config, tmp_path / "grown")
+    for key in ("events", "matched", "unmatched", "train_windows", "test_targets"):
+        assert grown.manifest["rows"][key] == at_once.manifest["rows"][key], key
+    windows = [w for data in (grown, at_once) for w in decoded(data, "windows/train").to_pylist()]
+    clicks = [sorted(zip(w["target_item"], w["label_click"], strict=True)) for w in windows]
+    assert clicks[: len(clicks) // 2] == clicks[len(clicks) // 2 :]

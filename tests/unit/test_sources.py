@@ -13,15 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrec_ray.config import TableConfig
-from mtrec_ray.data.sources import ROW, SourceError, Unit, id_strings, list_units, read_strings, read_unit
+from mtrec_ray.data.sources import ROW, SourceError, Unit, id_strings, list_units, read_unit
+from tests.tiny import read_all
 
 Broken = list[tuple[int, str]]
 FILE = 1 << 40  # the row numbers of the second file start here
-
-
-def read_all(table: TableConfig, needed: list[str], what: str) -> pa.Table:
-    """Every unit of a small table, as strings."""
-    return pa.concat_tables(read_strings(table, unit, needed, what) for unit in list_units(table, needed, what, lists=True))
 
 
 def read(table: TableConfig, needed: Sequence[str], units: Iterable[Unit] | None = None) -> tuple[list[tuple[Any, ...]], Broken]:

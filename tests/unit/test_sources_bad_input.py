@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mtrec_ray.config import TableConfig
-from mtrec_ray.data.sources import ROW, SourceError, id_strings, list_units, read_all, read_unit
+from mtrec_ray.data.sources import ROW, SourceError, id_strings, list_units, read_unit
 from mtrec_ray.data.validate import validate
-from tests.tiny import make_config
+from tests.tiny import make_config, read_all
 from tests.unit.test_sources import FILE, read
 
 

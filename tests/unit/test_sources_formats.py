@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtrec_ray.config import ConfigError, TableConfig, parse_config
-from mtrec_ray.data.sources import SourceError, id_strings, jsonl, list_units, read_all
-from tests.tiny import raw_config
+from mtrec_ray.data.sources import SourceError, id_strings, jsonl, list_units
+from tests.tiny import raw_config, read_all
 from tests.unit.test_sources import FILE, read
 
 

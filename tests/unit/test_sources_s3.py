@@ -11,7 +11,8 @@ import pytest
 
 from mtrec_ray import storage
 from mtrec_ray.config import TableConfig
-from mtrec_ray.data.sources import SourceError, list_units, read_all, read_unit
+from mtrec_ray.data.sources import SourceError, list_units, read_unit
+from tests.tiny import read_all
 from tests.unit.test_sources import FILE, read
 
 moto_server = pytest.importorskip("moto.server")
