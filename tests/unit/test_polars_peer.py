@@ -41,7 +41,9 @@ class Both:
 
     def polars_windows(self) -> dict[str, Any]:
         items = pq.read_table(self.polars / "catalogue.parquet")["item_id"].to_pylist()
-        return read_windows(self.polars / "windows", self.users, items, json.loads((self.polars / "schema.json").read_text())["device"])
+        return read_windows(
+            self.polars / "windows", self.users, items, json.loads((self.polars / "schema.json").read_text())["device"]
+        )
 
 
 @pytest.fixture(scope="module")
