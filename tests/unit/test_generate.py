@@ -61,6 +61,11 @@ def test_another_seed_is_another_log(tmp_path: Path, wide: pa.Table) -> None:
     assert not other["item_id"].equals(wide["item_id"])
 
 
+def test_chunks_are_drawn_anew(wide: pa.Table) -> None:
+    first, second = (wide["item_id"].slice(c * (1 << 13), 1000).to_pylist() for c in (0, 1))
+    assert np.mean([a == b for a, b in zip(first, second, strict=True)]) < 0.1
+
+
 def test_a_day_directory_holds_that_day(tmp_path: Path) -> None:
     make(tmp_path / "log", split_days=True)
     for number, folder in enumerate(sorted((tmp_path / "log" / "log").iterdir())):
