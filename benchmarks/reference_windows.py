@@ -86,10 +86,12 @@ def user_windows(rows: list[Row], cuts: tuple[int, int], length: int) -> Windows
         for row, s in zip(rows, splits, strict=True):
             if s == split:
                 moments.setdefault(row["timestamp"], []).append(row)
+        known = 0  # of the older clicks: a moment lists those that the moment before did not
         for when, together in moments.items():
             clicks = [r for r in rows if r["click"] and r["timestamp"] < when]
             shown, older = clicks[-(length - 1) :], clicks[: -(length - 1)]
-            out[name].append(_window(0, shown, [(r, len(shown)) for r in together], split, older))
+            out[name].append(_window(0, shown, [(r, len(shown)) for r in together], split, older[known:]))
+            known = len(older)
     return out
 
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from mtrec_ray.base_config import Int
+from mtrec_ray.base_config import Model as _Model
 from mtrec_ray.expressions import Expression, ExpressionError
+from mtrec_ray.feature_config import Features
 from mtrec_ray.long_config import LongConfig
 from mtrec_ray.schema import Protocol
 
@@ -24,19 +27,6 @@ from mtrec_ray.schema import Protocol
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names each key and the cure."""
 
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-def _whole(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a whole number, not true or false")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_whole)]
-"""A whole number; YAML's true and false are none."""
 
 RESERVED = {"user_id", "item_id", "timestamp", "present", "row", "weight", "split", "rank", "score", "title"}
 """Names of columns that events, windows and lists have anyway, and of expressions' one function."""
@@ -172,8 +162,11 @@ class DataConfig(_Model):
     """The log is long: an impression, a click and a rating are rows of their own. Default: wide, labels are columns."""
     actions: tuple[str, ...] = ()
     """Labels that the history shows the trunk. Default: all that are not expressions."""
-    context: tuple[str, ...] = ()
-    """Categorical columns of the event known at request time (device, page, ...)."""
+    context: Features = Field(default_factory=dict)
+    """Features: columns of the event (device, price, tags, position, ...) and how each is read; see docs/features.md. A list
+    of names stands for categorical ones."""
+    session_gap_minutes: float | None = Field(default=None, gt=0)
+    """A longer gap between two events of a history begins a session, and events then know their place in it. Null is off."""
     attributes: dict[str, AttributeConfig] = Field(default_factory=dict)
     """Attributes of users, for profile tasks."""
     text: ItemTextConfig | None = None
@@ -227,7 +220,7 @@ class DataConfig(_Model):
             if label.expression is not None:
                 _expression(label.expression, plain, f"labels.{name}.expression")
         if self.long is not None:
-            self.long.check(self.labels, self.context)
+            self.long.check(self.labels, tuple(self.context))
         for name in self.actions:
             if name not in self.labels:
                 raise ValueError(f"actions: {name!r} is not among labels {sorted(self.labels)}")
@@ -259,7 +252,8 @@ class DataConfig(_Model):
             raise ValueError("text: an items table is needed")
         overlap = {a.column for a in self.attributes.values()} | set(self.attributes)
         columns = self.interactions.columns
-        for name in (*self.context, *self.action_names, *(self.long.columns if self.long is not None else ())):
+        features = [n for n, feature in self.context.items() if feature.kind != "kept"]
+        for name in (*features, *self.action_names, *(self.long.columns if self.long is not None else ())):
             shown = self.labels.get(name)
             reads = {name, columns.get(name, name)}
             if shown is not None and shown.expression is not None:
@@ -597,6 +591,8 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
             loc = [str(p) for p in e["loc"]]
             if len(loc) > 2 and loc[0] == "tasks":
                 del loc[2]  # pydantic names the kind of a task in the path
+            if len(loc) > 3 and loc[:2] == ["data", "context"]:
+                del loc[3]  # and that of a feature
             message = e["msg"].removeprefix("Value error, ")
             if e["type"] == "extra_forbidden":
                 lines.append(f"  {'.'.join(loc)}: unknown key")

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrec_ray.config import RunConfig
-from mtrec_ray.models.batch import HistoryBatch, collate_history
+from mtrec_ray.features import dense
+from mtrec_ray.models.batch import HistoryBatch, collate_history, feature_tensor
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, mask_items, top_k
 from mtrec_ray.schema import LogSchema
@@ -52,7 +53,8 @@ class History:
     """Milliseconds UTC."""
     actions: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """NaN is missing; an action that is absent is missing everywhere."""
-    context: Mapping[str, Sequence[str | None]] = field(default_factory=dict)
+    context: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Features as the log has them (text, number, list of texts; None is missing); absent ones are missing everywhere."""
     seen_item_ids: Sequence[str] = ()
     """Items of events before those listed."""
     seen_times: Sequence[int] = ()
@@ -134,6 +136,8 @@ class Predictor:
             similarity = model.similarity
             normalised = torch.nn.functional.normalize(item_vec_ND, dim=-1)
             self.similar_vec_ND = normalised if similarity is None else similarity.vectors(item_vec_ND)
+        fixed = [spec for spec in schema.request_features if spec.at_inference is not None]
+        self.fixed = {spec.name: feature_tensor(dense(spec.encode([spec.at_inference]))) for spec in fixed}
         self.final_weights = {
             name: task.final_weight if task.final_weight is not None else float(task.kind == "retrieval")
             for name, task in config.tasks.items()
@@ -155,7 +159,8 @@ class Predictor:
         capacity = self.schema.window - 1
         items, times, lengths = [], [], []
         actions: dict[str, list[NDArray[np.float32]]] = {a.name: [] for a in self.schema.actions}
-        context: dict[str, list[NDArray[np.int32]]] = {c.name: [] for c in self.schema.context}
+        features = self.schema.history_features
+        context: dict[str, list[Any]] = {spec.name: [] for spec in features}
         seen, degraded = [], []
         for history in histories:
             position = np.array([self.position.get(i, NONE) for i in history.item_ids], dtype=np.int64)
@@ -169,9 +174,9 @@ class Predictor:
                 values = history.actions.get(name)
                 full = np.full(len(position), np.nan) if values is None else np.asarray(values, dtype=np.float64)
                 parts.append(full[shown].astype(np.float32))
-            for spec in self.schema.context:
+            for spec in features:
                 raw = history.context.get(spec.name) or [None] * len(position)
-                context[spec.name].append(spec.encode([raw[i] for i in shown]))
+                context[spec.name].extend(raw[i] for i in shown)
             if self.schema.exclude_seen:
                 older = np.array([self.position.get(i, NONE) for i in history.seen_item_ids], dtype=np.int64)
                 seen.append(np.unique(np.concatenate([position[known], older[older != NONE]])))
@@ -183,15 +188,16 @@ class Predictor:
             np.concatenate(times) if times else np.zeros(0, np.int64),
             np.array(lengths, dtype=np.int64),
             {n: np.concatenate(v) if v else np.zeros(0, np.float32) for n, v in actions.items()},
-            {n: np.concatenate(v) if v else np.zeros(0, np.int32) for n, v in context.items()},
+            {spec.name: dense(spec.encode(context[spec.name])) for spec in features},
+            self.schema.session_gap_ms,
         )
         return EncodedHistories(batch, seen, degraded)
 
     def encode_context(self, contexts: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
-        """Request contexts -> integers per column."""
+        """Request contexts -> encoded features, one entry per request. Raises FeatureError."""
         return {
-            spec.name: torch.from_numpy(spec.encode([c.get(spec.name) for c in contexts]).astype(np.int64))
-            for spec in self.schema.context
+            spec.name: feature_tensor(dense(spec.encode([c.get(spec.name) for c in contexts])))
+            for spec in self.schema.request_features
         }
 
     # ------------------------------------------------------------------ the four stages
@@ -216,12 +222,15 @@ class Predictor:
 
     @torch.no_grad()
     def score(self, state_BD: Tensor, item_BK: Tensor, context_B: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Predictions of every pointwise task in its label's units -> name: (B, K)."""
+        """Predictions of every pointwise task in its label's units -> name: (B, K).
+
+        Features that are fixed at inference have their fixed value here, whatever context_B says.
+        """
         B, K = item_BK.shape
         item_vec = self.item_vec_ND[item_BK.clamp(min=0)]
         state = state_BD[:, None, :].expand(B, K, -1)
-        context = {n: v[:, None].expand(B, K) for n, v in context_B.items()}
-        shared = self.model.share(state, item_vec, context)
+        context_B = context_B | {n: v.expand(B, *v.shape[1:]) for n, v in self.fixed.items()}
+        shared = self.model.share(state, item_vec, context_B)
         return {name: task.predict(shared) for name, task in self.model.pointwise.items()}
 
     def finalise(self, candidates: Candidates, predictions: dict[str, Tensor], k: int) -> Ranked:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+
+from mtrec_ray.features import FeatureSpec, InputSpec, KeptSpec
 
 Protocol = Literal["time", "leave_one_out", "user_holdout", "item_holdout", "random"]
 """How a log is divided into train, valid and test (docs/evaluation.md)."""
@@ -40,22 +38,6 @@ class LabelStats(_Model):
     std: float
 
 
-class ContextSpec(_Model):
-    """Vocabulary of a context column; 0 is unknown or missing, values start at 1."""
-
-    name: str
-    values: tuple[str, ...]
-
-    def encode(self, values: Sequence[object | None]) -> NDArray[np.int32]:
-        index = {v: i + 1 for i, v in enumerate(self.values)}
-        return np.array([index.get(str(v), 0) if v is not None else 0 for v in values], dtype=np.int32)
-
-    def encode_column(self, values: pa.Array) -> NDArray[np.int32]:
-        """The same for an Arrow column of strings."""
-        known = pc.index_in(values, value_set=pa.array(self.values, pa.string()))
-        return np.asarray(known.fill_null(-1).to_numpy() + 1, dtype=np.int32)
-
-
 class AttributeSpec(_Model):
     """Classes of a user's attribute; -1 is missing."""
 
@@ -72,7 +54,10 @@ class LogSchema(_Model):
     protocol: Protocol
     actions: tuple[ActionSpec, ...]
     labels: dict[str, LabelStats]
-    context: tuple[ContextSpec, ...] = ()
+    context: tuple[FeatureSpec, ...] = ()
+    """Features of events."""
+    session_gap_minutes: float | None = None
+    """A longer gap begins a session; None: events do not know their sessions."""
     attributes: tuple[AttributeSpec, ...] = ()
     sensitive: tuple[str, ...] = ()
     """Names whose values are shown to nobody."""
@@ -81,6 +66,20 @@ class LogSchema(_Model):
     n_items: int
     n_train_items: int
     """The first n_train_items of the catalogue have a training event."""
+
+    @property
+    def history_features(self) -> tuple[InputSpec, ...]:
+        """Features of past events."""
+        return tuple(c for c in self.context if not isinstance(c, KeptSpec) and c.in_history)
+
+    @property
+    def request_features(self) -> tuple[InputSpec, ...]:
+        """Features of the event to predict."""
+        return tuple(c for c in self.context if not isinstance(c, KeptSpec) and c.in_request)
+
+    @property
+    def session_gap_ms(self) -> float | None:
+        return None if self.session_gap_minutes is None else self.session_gap_minutes * 60_000
 
 
 def fit_action(name: str, values: tuple[float, ...] | None, kind: str, stats: LabelStats) -> ActionSpec:

@@ -9,7 +9,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mtrec_ray import bundle, runtime, storage
 from mtrec_ray.config import RunConfig, TableConfig, parse_config
@@ -95,6 +97,42 @@ def raw_config(folder: Path) -> dict[str, Any]:
     }
 
 
+def write_features(folder: Path, files: int = 2) -> None:
+    """features/*.parquet: the log of `write_log` with position (whole numbers), price and propensity (numbers), tags (lists).
+
+    Rows keep their order. A price is missing in every seventh row, tags in every fifth.
+    """
+    log = pd.concat([pd.read_csv(p) for p in sorted((folder / "log").glob("*.csv"))], ignore_index=True)
+    number = log["item"].str.extract(r"(\d+)")[0].astype(int)
+    place = np.arange(len(log))
+    log["position"] = log.groupby(["user", "ts"]).cumcount() + 1
+    log["price"] = np.where(place % 7 == 0, np.nan, (1.5 + number) * np.where(place % 3 == 0, 0.5, 1.0))
+    log["propensity"] = 1 / log["position"]
+    log["tags"] = [None if i % 5 == 0 else ["even" if n % 2 == 0 else "odd", f"t{n % 3}", f"rare{n}"] for i, n in enumerate(number)]
+    (folder / "features").mkdir(exist_ok=True)
+    for part, rows in enumerate(np.array_split(place, files)):
+        pq.write_table(pa.Table.from_pandas(log.iloc[rows], preserve_index=False), folder / "features" / f"part{part}.parquet")
+
+
+def with_features(folder: Path) -> Callable[[dict[str, Any]], None]:
+    """Every kind of feature, and sessions."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["data"]["interactions"] |= {"format": "parquet", "path": str(folder / "features")}
+        raw["data"]["session_gap_minutes"] = 720
+        raw["data"]["context"] = {
+            "device": {"kind": "categorical"},
+            "price": {"kind": "numerical", "transform": "log", "min": 0},
+            "price_band": {"kind": "numerical", "transform": "quantile", "bins": 4, "use": "request"},
+            "tags": {"kind": "multihot", "max_values": 6},
+            "position": {"kind": "categorical", "use": "request", "at_inference": 1},
+            "propensity": {"kind": "kept", "min": 0, "max": 1},
+        }
+        raw["data"]["interactions"]["columns"]["price_band"] = "price"
+
+    return change
+
+
 def make_config(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> RunConfig:
     raw = raw_config(folder)
     if change is not None:
@@ -104,7 +142,7 @@ def make_config(folder: Path, change: Callable[[dict[str, Any]], None] | None = 
 
 def read_all(table: TableConfig, needed: list[str], what: str) -> pa.Table:
     """Every unit of a small table, as strings."""
-    units = sources.list_units(table, needed, what, lists=True)
+    units = sources.list_units(table, needed, what, set(needed))
     return pa.concat_tables([sources.read_strings(table, unit, needed, what) for unit in units])
 
 

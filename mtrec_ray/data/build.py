@@ -167,7 +167,11 @@ def build_windows(plan: Plan, number: int) -> dict[str, int]:
         )
         return _as_before(job, number)
     item = positions_of(plan, number)[codes]
-    context = {spec.name: spec.encode_column(events.context[spec.name]) for spec in schema.context}
+    encoded = {s.name: s.encode(events.context[s.name]) for s in schema.context if s.kind != "kept"}
+    history = {f"history_context_{s.name}": encoded[s.name] for s in schema.history_features}
+    targets = {f"target_context_{s.name}": encoded[s.name] for s in schema.request_features}
+    kept = [s.name for s in schema.context if s.kind == "kept"]
+    targets |= {f"target_kept_{n}": events.context[n].to_numpy(zero_copy_only=False) for n in kept}
     actions = [a.name for a in schema.actions]
     profile = profile_codes(job, schema, users_of(job, number), events.user_ids)
     fold = user_fold(events.user_ids)
@@ -180,13 +184,14 @@ def build_windows(plan: Plan, number: int) -> dict[str, int]:
         else:
             layout = windows.moment_layout(events, split, which, schema.window, schema.same_time, schema.protocol)
         tables = (
-            windows.windows_table(piece, events, item, split, context, actions, profile, fold)
+            windows.windows_table(piece, events, item, split, history, targets, actions, profile, fold)
             for piece in layout.pieces(_LIST_ENTRIES)
         )
         storage.write_tables(job.part(f"windows/{name}", number), tables)
         counts |= {f"{name}_windows": len(layout), f"{name}_targets": len(layout.target_event)}
     layout = windows.store_layout(events, split, job.data.protocol, schema.window, schema.same_time)
-    stored = (windows.store_table(piece, events, actions) for piece in layout.pieces(_LIST_ENTRIES))
+    shown = [s.name for s in schema.history_features]
+    stored = (windows.store_table(piece, events, actions, shown) for piece in layout.pieces(_LIST_ENTRIES))
     storage.write_tables(job.part("store", number), stored)
 
     recent = (split == windows.TRAIN) & events.is_history & (events.time >= plan.recent_since)

@@ -27,6 +27,7 @@ from mtrec_ray.data.validate import (
     TIME,
     USER,
     event_schema,
+    list_columns,
     needed_columns,
     quarantine_broken,
     quarantine_rows,
@@ -141,7 +142,7 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
 
     now = time.time_ns() // 1_000_000
     earliest, latest = [], []
-    for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data)):
+    for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data), list_columns(job.data)):
         if job.pseudonyms is not None:
             table = pseudonymised(job, table)
         remembered = _without_forgotten(job, table)
@@ -277,7 +278,10 @@ def duplicates(events: pa.Table) -> NDArray[np.bool_]:
     rows = np.flatnonzero(suspicious)
     if len(rows):
         names = [n for n in events.column_names if n != ROW]
-        double[rows] = events.select(names).take(pa.array(rows)).to_pandas().duplicated().to_numpy()
+        frame = events.select(names).take(pa.array(rows)).to_pandas()
+        for name in (n for n in names if pa.types.is_list(events.schema.field(n).type)):
+            frame[name] = frame[name].map(tuple)
+        double[rows] = frame.duplicated().to_numpy()
     return double
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mtrec_ray import storage
+from mtrec_ray import feature_fit, storage
 from mtrec_ray.config import DataConfig, RunConfig
 from mtrec_ray.data import windows
 from mtrec_ray.data.events import ROW, Job, read_events, users_of
@@ -25,8 +25,9 @@ from mtrec_ray.data.lineage import DataError
 from mtrec_ray.data.maturity import mask_immature
 from mtrec_ray.data.validate import ITEM, TIME, USER
 from mtrec_ray.expressions import Expression
+from mtrec_ray.features import FeatureError, FeatureSpec
 from mtrec_ray.long_config import shown_column
-from mtrec_ray.schema import AttributeSpec, ContextSpec, LabelStats, LogSchema, bin_names, fit_action
+from mtrec_ray.schema import AttributeSpec, LabelStats, LogSchema, bin_names, fit_action
 
 DAY_S = 86_400
 IntArray = NDArray[np.int64]
@@ -145,7 +146,8 @@ class Fitted:
     last_shown: int
     labels: dict[str, NDArray[np.float64]]
     """Label -> count, sum, sum of squares."""
-    context: dict[str, list[str]]
+    features: dict[str, pa.Table]
+    """What training events say about each feature (feature_fit.py)."""
     attributes: dict[str, list[str]] = field(default_factory=dict)
     """Values of attributes that have no bins."""
     unattributed: int = 0
@@ -179,13 +181,23 @@ def fit_partition(jobs: tuple[Job, tuple[int, int]], number: int) -> Fitted:
         positives=int((train & events.is_positive).sum()),
         last_shown=int(events.time[shown].max(initial=0)),
         labels=labels,
-        context={n: pc.unique(v.filter(pa.array(train)).drop_null()).to_pylist() for n, v in events.context.items()},
+        features=_count_features(job.data, events, train),
         attributes=attributes,
         unattributed=unattributed,
     )
 
 
-def merge(parts: list[Fitted]) -> Fitted:
+def _count_features(data: DataConfig, events: windows.Events, train: NDArray[np.bool_]) -> dict[str, pa.Table]:
+    rows, mask, out = events.row[train], pa.array(train), {}
+    for name, feature in data.context.items():
+        try:
+            out[name] = feature_fit.count(feature, events.context[name].filter(mask), rows)
+        except FeatureError as error:
+            raise DataError(f"data.context.{name}: the column {error}") from None
+    return out
+
+
+def merge(data: DataConfig, parts: list[Fitted]) -> Fitted:
     """What all partitions say together."""
 
     def together(lists: Iterable[dict[str, list[str]]]) -> dict[str, list[str]]:
@@ -201,7 +213,7 @@ def merge(parts: list[Fitted]) -> Fitted:
         positives=sum(p.positives for p in parts),
         last_shown=max((p.last_shown for p in parts), default=0),
         labels={n: np.sum([p.labels[n] for p in parts], axis=0) for n in (parts[0].labels if parts else {})},
-        context=together(p.context for p in parts),
+        features={n: feature_fit.merge(f, [p.features[n] for p in parts]) for n, f in data.context.items()},
         attributes=together(p.attributes for p in parts),
         unattributed=sum(p.unattributed for p in parts),
     )
@@ -229,13 +241,24 @@ def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: i
         protocol=data.protocol,
         actions=tuple(fit_action(n, data.labels[n].values, data.labels[n].kind, labels[n]) for n in data.action_names),
         labels=labels,
-        context=tuple(ContextSpec(name=n, values=tuple(fitted.context[n])) for n in data.context),
+        context=_fit_features(data, fitted),
+        session_gap_minutes=data.session_gap_minutes,
         attributes=tuple(attributes),
         sensitive=tuple(sorted(data.sensitive_names)),
         pseudonym_key=pseudonym_key,
         n_items=n_items,
         n_train_items=n_train_items,
     )
+
+
+def _fit_features(data: DataConfig, fitted: Fitted) -> tuple[FeatureSpec, ...]:
+    specs = []
+    for name, feature in data.context.items():
+        try:
+            specs.append(feature_fit.fit(name, feature, fitted.features[name]))
+        except FeatureError as error:
+            raise DataError(f"data.context.{name}.{error}") from None
+    return tuple(specs)
 
 
 def profile_codes(job: Job, schema: LogSchema, users: pa.Table | None, user_ids: pa.Array) -> dict[str, NDArray[Any]]:

@@ -31,7 +31,7 @@ from mtrec_ray.data.catalogue import item_columns, user_columns
 from mtrec_ray.data.events import Job
 from mtrec_ray.data.lineage import DataError
 from mtrec_ray.data.maturity import maturity_hours
-from mtrec_ray.data.validate import needed_columns
+from mtrec_ray.data.validate import list_columns, needed_columns
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.schema import LogSchema
 
@@ -91,11 +91,11 @@ def prepare(config: RunConfig, root: str, append: bool = False) -> storage.Direc
 
 def _units(config: RunConfig) -> dict[str, list[sources.Unit]]:
     data = config.data
-    units = {"interactions": sources.list_units(data.interactions, needed_columns(data), "interactions")}
+    units = {"interactions": sources.list_units(data.interactions, needed_columns(data), "interactions", list_columns(data))}
     if data.items is not None:
-        units["items"] = sources.list_units(data.items, item_columns(data), "items", lists=True)
+        units["items"] = sources.list_units(data.items, item_columns(data), "items", set(item_columns(data)))
     if data.users is not None:
-        units["users"] = sources.list_units(data.users, user_columns(data), "users", lists=True)
+        units["users"] = sources.list_units(data.users, user_columns(data), "users", set(user_columns(data)))
     return units
 
 
@@ -122,7 +122,7 @@ def _run(job: Job) -> dict[str, Any]:
     cuts = _time_cuts(job, parts) if job.data.protocol == "time" else (0, 0)
 
     fitted = _in_order(fit.fit_partition, (job, cuts), range(job.partitions), "prepare: counts, partitions")
-    together = fit.merge(fitted)
+    together = fit.merge(job.data, fitted)
     rows["users_without_attributes"] = together.unattributed
     if not together.positives:
         raise DataError(f"no training event is a retrieval positive ({job.config.positive_expression!r})")

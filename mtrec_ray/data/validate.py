@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from mtrec_ray.config import DataConfig, LabelConfig
 from mtrec_ray.data.partition import hash_ids
-from mtrec_ray.data.sources import ROW, id_strings
+from mtrec_ray.data.sources import ROW, id_strings, list_strings
 from mtrec_ray.expressions import Expression
+from mtrec_ray.feature_config import FeatureConfig
+from mtrec_ray.features import MAX_VALUES, NUMBER, TEXT, TEXTS, clean_lists
 from mtrec_ray.long_config import shown_column
 from mtrec_ray.privacy import withhold
 
@@ -30,6 +32,8 @@ QUARANTINE = pa.schema(
     [(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), (USER, pa.string()), ("raw", pa.string())]
 )
 
+_FEATURE_TYPES = {"categorical": TEXT, "multihot": TEXTS}
+
 
 def needed_columns(data: DataConfig) -> list[str]:
     """Columns of the log that the configuration reads."""
@@ -45,12 +49,13 @@ def row_schema(data: DataConfig) -> pa.Schema:
         return event_schema(data)
     own = [(TYPE, pa.string()), (VALUE, pa.float64()), (REQUEST, pa.string())]
     ids = [(USER, pa.string()), (ITEM, pa.string()), (TIME, pa.int64()), (ROW, pa.int64())]
-    return pa.schema([*ids, *own, *[(n, pa.string()) for n in data.context]])
+    features = [(n, _FEATURE_TYPES.get(feature.kind, NUMBER)) for n, feature in data.context.items()]
+    return pa.schema([*ids, *own, *features])
 
 
 def event_schema(data: DataConfig) -> pa.Schema:
-    """Arrow schema of events: ids, int64 milliseconds, row, float64 labels, context strings; of a long log, the labels
-    as the history shows them too."""
+    """Arrow schema of events: ids, int64 milliseconds, row, float64 labels, features (text, texts or
+    numbers); of a long log, the labels as the history shows them too."""
     shown = [] if data.long is None else [(shown_column(n), pa.float64()) for n in data.labels]
     return pa.schema(
         [
@@ -60,13 +65,18 @@ def event_schema(data: DataConfig) -> pa.Schema:
             (ROW, pa.int64()),
             *[(n, pa.float64()) for n in data.labels],
             *shown,
-            *[(n, pa.string()) for n in data.context],
+            *[(n, _FEATURE_TYPES.get(feature.kind, NUMBER)) for n, feature in data.context.items()],
         ]
     )
 
 
 _Mark = Callable[[NDArray[np.bool_], str], None]
 """Where rows are bad, and why."""
+
+
+def list_columns(data: DataConfig) -> set[str]:
+    """Columns of the log that may hold a list of values."""
+    return {n for n, feature in data.context.items() if feature.kind == "multihot"}
 
 
 class _Reasons:
@@ -121,6 +131,7 @@ def validate(
                 values, present = _numbers(table[name]), _present(table[name])
                 _check_label(name, label, values, present, mark)
                 labels[name] = values
+    features = {name: _feature(table, name, feature, mark) for name, feature in data.context.items()}
     if known_items is not None and data.unknown_items == "quarantine":
         hashed = hash_ids(items)
         place = np.minimum(np.searchsorted(known_items, hashed), max(len(known_items) - 1, 0))
@@ -129,7 +140,7 @@ def validate(
 
     bad = reasons.bad
     columns: dict[str, pa.Array | pa.ChunkedArray] = {USER: users, ITEM: items, ROW: table[ROW], **long}
-    columns |= {name: id_strings(table[name]) for name in data.context}
+    columns |= features
     if not bad.any():
         rejected = QUARANTINE.empty_table()
     else:
@@ -158,12 +169,18 @@ def _check_label(name: str, label: LabelConfig, values: NDArray[np.float64], pre
     mark(present & ~np.isfinite(values), f"{name} is not a number")
     if label.kind == "binary":
         mark(present & (values != 0) & (values != 1), f"{name} is not 0 or 1")
-    if label.min is not None:
-        mark(present & (values < label.min), f"{name} is below {label.min:g}")
-    if label.max is not None:
-        mark(present & (values > label.max), f"{name} is above {label.max:g}")
+    _check_limits(name, label.min, label.max, values, present, mark)
     if label.values is not None:
         mark(present & ~np.isin(values, label.values), f"{name} is not one of its values")
+
+
+def _check_limits(
+    name: str, low: float | None, high: float | None, values: NDArray[np.float64], present: NDArray[np.bool_], mark: _Mark
+) -> None:
+    if low is not None:
+        mark(present & (values < low), f"{name} is below {low:g}")
+    if high is not None:
+        mark(present & (values > high), f"{name} is above {high:g}")
 
 
 def _long_columns(table: pa.Table, data: DataConfig, mark: _Mark) -> dict[str, pa.Array | pa.ChunkedArray]:
@@ -189,6 +206,22 @@ def _long_columns(table: pa.Table, data: DataConfig, mark: _Mark) -> dict[str, p
             reads |= given
     request = nothing if long.request is None else id_strings(table[long.request])
     return {TYPE: kind, VALUE: pa.array(np.where(reads & present, values, np.nan)), REQUEST: request}
+
+
+def _feature(table: pa.Table, name: str, feature: FeatureConfig, mark: _Mark) -> pa.Array | pa.ChunkedArray:
+    """A feature's column in the form of the clean log; a missing number is null."""
+    if feature.kind == "categorical":
+        return id_strings(table[name])
+    if feature.kind == "multihot":
+        lists, broken = list_strings(table[name])
+        mark(broken, f"{name} holds bytes that are not UTF-8")
+        lists = clean_lists(lists, feature.separator)
+        mark(np.diff(lists.offsets.to_numpy()) > MAX_VALUES, f"{name} has more than {MAX_VALUES} values")
+        return lists
+    values, present = _numbers(table[name]), _present(table[name])
+    mark(present & ~np.isfinite(values), f"{name} is not a number")
+    _check_limits(name, feature.min, feature.max, values, present, mark)
+    return pa.array(values, mask=~present)
 
 
 def derive(plain: Mapping[str, NDArray[np.float64]], data: DataConfig, n: int) -> dict[str, NDArray[np.float64]]:

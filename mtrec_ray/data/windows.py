@@ -11,8 +11,9 @@ ragged range of them. See DESIGN §1.2.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+Column: TypeAlias = NDArray[np.generic] | pa.Array
 
 TRAIN, VALID, TEST = 0, 1, 2
 
@@ -40,6 +42,7 @@ class Events:
     labels: dict[str, NDArray[np.float32]]
     """As targets learn them."""
     context: dict[str, pa.Array]
+    """Features as in the clean log."""
     shown: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """As the history shows them, where it does not show `labels`."""
     shown_positive: BoolArray | None = None
@@ -294,18 +297,23 @@ def windows_table(
     events: Events,
     item: NDArray[np.int32],
     split: NDArray[np.int8],
-    context: dict[str, NDArray[np.int32]],
+    history: Mapping[str, Column],
+    targets: Mapping[str, Column],
     actions: list[str],
     profile: dict[str, NDArray[np.int32]],
     fold: NDArray[np.int8],
 ) -> pa.Table:
     """The Parquet form of windows. List columns; a missing label is NaN; -1 is a missing attribute.
 
-    item and context: integers per event; profile and fold: per user of the partition.
+    item: integers per event; history and targets: further columns, one entry per event; profile and fold: per user of the
+    partition.
     """
 
     def ragged(offsets: IntArray, values: NDArray[np.generic]) -> pa.Array:
         return list_array(offsets, pa.array(values))
+
+    def taken(offsets: IntArray, column: Column, index: IntArray) -> pa.Array:
+        return list_array(offsets, column.take(pa.array(index)) if isinstance(column, pa.Array) else pa.array(column[index]))
 
     (h, h_offsets), (seen, s_offsets) = layout.history(), layout.seen()
     shown = events.labels | events.shown
@@ -330,14 +338,14 @@ def windows_table(
     }
     columns |= {f"history_action_{n}": ragged(h_offsets, shown[n][h]) for n in actions}
     columns |= {f"label_{n}": ragged(t_offsets, v[t]) for n, v in events.labels.items()}
-    columns |= {f"history_context_{n}": ragged(h_offsets, v[h]) for n, v in context.items()}
-    columns |= {f"target_context_{n}": ragged(t_offsets, v[t]) for n, v in context.items()}
+    columns |= {n: taken(h_offsets, v, h) for n, v in history.items()}
+    columns |= {n: taken(t_offsets, v, t) for n, v in targets.items()}
     columns |= {f"profile_{n}": pa.array(v[layout.user]) for n, v in profile.items()}
     return pa.table(columns)
 
 
-def store_table(layout: Layout, events: Events, actions: list[str]) -> pa.Table:
-    """The Parquet form of the history store: the log's own ids; `seen_*` are the events before the history."""
+def store_table(layout: Layout, events: Events, actions: list[str], features: list[str]) -> pa.Table:
+    """The Parquet form of the history store: the log's own ids and features; `seen_*` are the events before the history."""
 
     (h, h_offsets), (s, s_offsets) = layout.history(), layout.seen()
     shown = events.labels | events.shown
@@ -350,8 +358,8 @@ def store_table(layout: Layout, events: Events, actions: list[str]) -> pa.Table:
     }
     for name in actions:
         columns[f"history_action_{name}"] = list_array(h_offsets, pa.array(shown[name][h]))
-    for name, values in events.context.items():
-        columns[f"history_context_{name}"] = list_array(h_offsets, strings(values.take(pa.array(h))))
+    for name in features:
+        columns[f"history_context_{name}"] = list_array(h_offsets, strings(events.context[name].take(pa.array(h))))
     return pa.table(columns)
 
 

@@ -35,6 +35,8 @@ class Moments:
     index: IntArray
     schema: LogSchema
     encoded: EncodedHistories
+    context: dict[str, Tensor]
+    """Encoded features of each target."""
     target: IntArray
     """Flat position of each target in the cache."""
     row: IntArray
@@ -59,7 +61,8 @@ class Moments:
         last[h_length > 0] = items[h_end[h_length > 0] - 1]
         t, t_length = cache.gather("target", index)
         encoded = EncodedHistories(batch.history, seen, [[]] * len(index))
-        return cls(cache, index, schema, encoded, t, np.repeat(np.arange(len(index)), t_length), last, h_length + s_length)
+        row = np.repeat(np.arange(len(index)), t_length)
+        return cls(cache, index, schema, encoded, batch.targets.context_M, t, row, last, h_length + s_length)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -127,10 +130,6 @@ class Model(System):
     def scores(self, moments: Moments) -> Tensor:
         return self.predictor.retrieval_scores(self.states(moments), moments.encoded.batch.length_B)[0]
 
-    def _context(self, moments: Moments) -> dict[str, Tensor]:
-        names = [c.name for c in moments.schema.context]
-        return {n: torch.from_numpy(moments.column(f"target_context_{n}").astype(np.int64)) for n in names}
-
     def final_rank(self, moments: Moments, row_P: Tensor, item_P: Tensor, rank_P: IntArray) -> IntArray | None:
         """A retrieved target ranks among the K candidates, all others keep their place."""
         p = self.predictor
@@ -138,7 +137,7 @@ class Model(System):
             return None
         state_BD = self.states(moments)
         first = torch.from_numpy(np.searchsorted(moments.row, np.arange(len(moments))))
-        context = {n: v[first] for n, v in self._context(moments).items()}
+        context = {n: v[first] for n, v in moments.context.items()}
         candidates = p.retrieve(state_BD, moments.encoded.batch.length_B, moments.encoded.seen, p.config.ranking.candidates)
         ranked = p.finalise(candidates, p.score(state_BD, candidates.item_BK, context), candidates.item_BK.shape[1])
         place = ranked.item_BK[row_P] == item_P[:, None]
@@ -150,7 +149,7 @@ class Model(System):
         if not self.predictor.model.pointwise:
             return {}
         state_TD = self.states(moments)[torch.from_numpy(moments.row)]
-        found = self.predictor.score(state_TD, torch.from_numpy(moments.item_T)[:, None], self._context(moments))
+        found = self.predictor.score(state_TD, torch.from_numpy(moments.item_T)[:, None], moments.context)
         return {n: v[:, 0].numpy().astype(np.float64) for n, v in found.items()}
 
     def profiles(self, moments: Moments) -> dict[str, FloatArray]:

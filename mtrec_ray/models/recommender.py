@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mtrec_ray.config import RunConfig
 from mtrec_ray.models.batch import Batch, HistoryBatch
+from mtrec_ray.models.features import FeatureEmbedding
 from mtrec_ray.models.item_tower import ItemTower
 from mtrec_ray.models.sharing import SharedBottom
 from mtrec_ray.models.tokens import EventTokens
@@ -28,11 +29,11 @@ class Recommender(nn.Module):
         text_width = 0 if text_NE is None else text_NE.shape[1]
         self.register_buffer("text_NE", text_NE, persistent=False)
         self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)
-        self.tokens = EventTokens(config.model, schema.actions, schema.context)
+        self.tokens = EventTokens(config.model, schema)
         self.trunk = Trunk(config.model, schema.window)
         context_width = 8
-        self.request_context = nn.ModuleDict({c.name: nn.Embedding(len(c.values) + 1, context_width) for c in schema.context})
-        self.sharing = SharedBottom(config.model, context_width * len(schema.context))
+        self.request_context = nn.ModuleDict({c.name: FeatureEmbedding(c, context_width, 1.0) for c in schema.request_features})
+        self.sharing = SharedBottom(config.model, context_width * len(schema.request_features))
         self.tasks = nn.ModuleDict({n: build_task(n, t, schema, config.model) for n, t in config.tasks.items()})
 
     # -- tasks by kind
@@ -78,9 +79,15 @@ class Recommender(nn.Module):
     # -- inference
 
     def share(self, state: Tensor, item_vec: Tensor, context: dict[str, Tensor]) -> Tensor:
-        """(state, item vector, request context), each (..., D) or (...) -> (..., H)."""
-        embedded = [embed(context[name]) for name, embed in self.request_context.items()]
-        context_C = torch.cat(embedded, dim=-1) if embedded else state.new_zeros(*state.shape[:-1], 0)
+        """(state, item vector, request context) of targets, or of B requests with K items each -> (..., H).
+
+        state and item_vec: (M, D) or (B, K, D); context: encoded features of M targets or B requests.
+        """
+        context_C = state.new_zeros(*state.shape[:-1], 0)
+        if self.request_context:
+            context_C = torch.cat([embed(context[name]) for name, embed in self.request_context.items()], dim=-1)
+            if context_C.dim() < state.dim():
+                context_C = context_C[:, None, :].expand(*state.shape[:-1], -1)
         return self.sharing(state, item_vec, context_C)  # type: ignore[no-any-return]
 
     def item_vectors(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a history event says besides its item: actions, time gap, context."""
+"""What a history event says besides its item: actions, time gap, place in its session, features."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mtrec_ray.config import ModelConfig
-from mtrec_ray.models.batch import GAP_BUCKETS, HistoryBatch
-from mtrec_ray.schema import ActionSpec, ContextSpec
+from mtrec_ray.models.batch import GAP_BUCKETS, SESSION_BUCKETS, HistoryBatch
+from mtrec_ray.models.features import FeatureEmbedding
+from mtrec_ray.schema import ActionSpec, LogSchema
 
 
 class ActionEmbedding(nn.Module):
@@ -38,16 +39,17 @@ class ActionEmbedding(nn.Module):
 
 
 class EventTokens(nn.Module):
-    """item vector + actions + time gap + context -> token_BSD."""
+    """item vector + actions + time gap + place in the session + features -> token_BSD."""
 
-    def __init__(self, config: ModelConfig, actions: tuple[ActionSpec, ...], context: tuple[ContextSpec, ...]) -> None:
+    def __init__(self, config: ModelConfig, schema: LogSchema) -> None:
         super().__init__()
-        self.actions = nn.ModuleDict({a.name: ActionEmbedding(a, config.width) for a in actions})
+        self.actions = nn.ModuleDict({a.name: ActionEmbedding(a, config.width) for a in schema.actions})
         self.gap = nn.Embedding(GAP_BUCKETS, config.width)
-        self.context = nn.ModuleDict({c.name: nn.Embedding(len(c.values) + 1, config.width) for c in context})
-        for module in (self.gap, *self.context.values()):
-            assert isinstance(module, nn.Embedding)
-            nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(self.gap.weight, std=0.02)
+        self.context = nn.ModuleDict({c.name: FeatureEmbedding(c, config.width, 0.02) for c in schema.history_features})
+        self.session = None if schema.session_gap_minutes is None else nn.Embedding(SESSION_BUCKETS, config.width)
+        if self.session is not None:
+            nn.init.normal_(self.session.weight, std=0.02)
 
     def forward(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         token = item_vec_ND[history.item_BS] + self.gap(history.gap_BS)
@@ -55,4 +57,7 @@ class EventTokens(nn.Module):
             token = token + embed(history.actions_BS[name])
         for name, embed in self.context.items():
             token = token + embed(history.context_BS[name])
+        if self.session is not None:
+            assert history.session_BS is not None
+            token = token + self.session(history.session_BS)
         return token

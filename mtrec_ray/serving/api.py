@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mtrec_ray.features import FeatureError, FeatureSpec
 from mtrec_ray.predictor import History
 from mtrec_ray.schema import LogSchema
 
 Id = Annotated[str, Field(min_length=1, max_length=512)]
+Scalar = str | bool | int | float | None
+Value = Scalar | list[Scalar]
+"""A feature's value: text or a number, a list of them, or null."""
 MAX_EVENTS = 5_000
 MAX_ITEMS = 10_000
 
@@ -31,7 +36,8 @@ class Event(_Request):
     item_id: Id
     timestamp: int = Field(ge=0, le=7_258_118_400_000, description="milliseconds UTC")
     actions: dict[str, float | None] = Field(default_factory=dict)
-    context: dict[str, str | None] = Field(default_factory=dict)
+    context: dict[str, Value] = Field(default_factory=dict)
+    """Features of the event, as its log has them."""
 
 
 class _User(_Request):
@@ -48,7 +54,8 @@ class _User(_Request):
 
 class RecommendRequest(_User):
     k: int = Field(default=10, ge=1)
-    context: dict[str, str | None] = Field(default_factory=dict)
+    context: dict[str, Value] = Field(default_factory=dict)
+    """Features of the request: device, page, price now, ..."""
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
@@ -63,7 +70,8 @@ class RecommendRequest(_User):
 
 class ScoreRequest(_User):
     item_ids: list[Id] = Field(min_length=1, max_length=MAX_ITEMS)
-    context: dict[str, str | None] = Field(default_factory=dict)
+    context: dict[str, Value] = Field(default_factory=dict)
+    """Features of the request: device, page, price now, ..."""
     model_config = ConfigDict(
         extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": "196", "item_ids": ["50", "181"]}]}
     )
@@ -131,15 +139,15 @@ class Health(BaseModel):
 def inline_history(events: list[Event], schema: LogSchema) -> History:
     """Events of a request -> a history in time order (ties as given), each event id once.
 
-    Raises BadRequestError for an action or context column that the log does not have.
+    Raises BadRequestError for an action or feature that the log does not have, and for a value that a feature cannot have.
     """
-    actions, context = [a.name for a in schema.actions], [c.name for c in schema.context]
+    actions, columns = [a.name for a in schema.actions], {c.name: c for c in schema.context}
     once: dict[str, Event] = {}
     for place, event in enumerate(events):
-        for given, known, what in ((event.actions, actions, "action"), (event.context, context, "context")):
-            for name in given:
-                if name not in known:
-                    raise BadRequestError(f"history[{place}]: unknown {what} {name!r}; known are {known}")
+        for name in event.actions:
+            if name not in actions:
+                raise BadRequestError(f"history[{place}]: unknown action {name!r}; known are {actions}")
+        check_context(event.context, columns, f"history[{place}]: ")
         once.setdefault(event.event_id if event.event_id is not None else f"\0{place}", event)
     ordered = sorted(once.values(), key=lambda e: e.timestamp)
 
@@ -150,8 +158,19 @@ def inline_history(events: list[Event], schema: LogSchema) -> History:
         item_ids=[e.item_id for e in ordered],
         times=[e.timestamp for e in ordered],
         actions={a: [number(e.actions.get(a)) for e in ordered] for a in actions},
-        context={c: [e.context.get(c) for e in ordered] for c in context},
+        context={c.name: [e.context.get(c.name) for e in ordered] for c in schema.history_features},
     )
+
+
+def check_context(given: Mapping[str, Value], known: Mapping[str, FeatureSpec], where: str = "") -> None:
+    """Raises BadRequestError, which names the feature. where: begins the message."""
+    for name, value in given.items():
+        if name not in known:
+            raise BadRequestError(f"{where}context: unknown column {name!r}; known are {list(known)}")
+        try:
+            known[name].column([value])
+        except FeatureError as error:
+            raise BadRequestError(f"{where}context.{error}") from None
 
 
 def now_ms() -> int:

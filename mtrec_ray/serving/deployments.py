@@ -118,12 +118,12 @@ class Heads(_Stage):
     """states and candidates → one number per task; states → profiles."""
 
     async def score(
-        self, stamp: Stamp, state: EncodedState, items: torch.Tensor, context: Mapping[str, str | None]
+        self, stamp: Stamp, state: EncodedState, items: torch.Tensor, context: Mapping[str, api.Value]
     ) -> dict[str, torch.Tensor]:
         self._check(stamp, state)
         return await self._run(self._score, state.state_BD, items, context)
 
-    def _score(self, state_BD: torch.Tensor, items: torch.Tensor, context: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
+    def _score(self, state_BD: torch.Tensor, items: torch.Tensor, context: Mapping[str, api.Value]) -> dict[str, torch.Tensor]:
         return self.predictor.score(state_BD, items, self.predictor.encode_context([context]))
 
     async def profile(self, stamp: Stamp, state: EncodedState) -> dict[str, dict[str, float]]:
@@ -231,11 +231,8 @@ class Ingress(_Stage):
         stamp = Stamp(self.predictor.fingerprint, version)
         return await self.encoder.encode.remote(stamp, history.before(at))  # type: ignore[no-any-return]
 
-    def _check_context(self, context: Mapping[str, str | None]) -> None:
-        known = [c.name for c in self.predictor.schema.context]
-        for name in context:
-            if name not in known:
-                raise api.BadRequestError(f"context: unknown column {name!r}; known are {known}")
+    def _check_context(self, context: Mapping[str, api.Value]) -> None:
+        api.check_context(context, {c.name: c for c in self.predictor.schema.request_features})
 
 
 def build_graph(bundle_uri: str, data_uri: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> serve.Application:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from mtrec_ray import storage
+from mtrec_ray.features import padded
 from mtrec_ray.hashing import GOLDEN, mix
-from mtrec_ray.models.batch import Batch, TargetBatch, collate_history
+from mtrec_ray.models.batch import Batch, TargetBatch, collate_history, feature_tensor
 from mtrec_ray.schema import LogSchema
 
 _RAGGED = {"history": "history", "target": "target", "label": "target", "seen": "seen"}
@@ -29,7 +31,8 @@ _RAGGED = {"history": "history", "target": "target", "label": "target", "seen": 
 
 
 class WindowCache:
-    """Windows as flat arrays: `columns[name]` and, for lists, `offsets["history" | "target" | "seen"]`."""
+    """Windows as flat arrays: `columns[name]` and, for lists, `offsets["history" | "target" | "seen"]`; lists within lists
+    (multi-hot features) have `offsets[name]` of their own, one range per entry."""
 
     def __init__(self, columns: dict[str, NDArray[Any]], offsets: dict[str, NDArray[np.int64]], user_ids: pa.Array) -> None:
         self.columns, self.offsets, self.user_ids = columns, offsets, user_ids
@@ -47,7 +50,12 @@ class WindowCache:
                 continue
             column = table[name].combine_chunks()
             if pa.types.is_list(column.type):
-                columns[name] = column.flatten().to_numpy(zero_copy_only=False)
+                flat = column.flatten()
+                if pa.types.is_list(flat.type):
+                    inner = np.diff(flat.offsets.to_numpy())
+                    offsets[name] = np.concatenate([[0], np.cumsum(inner)]).astype(np.int64)
+                    flat = flat.flatten()
+                columns[name] = flat.to_numpy(zero_copy_only=False)
                 lengths = np.diff(column.offsets.to_numpy())
                 offsets[_RAGGED[name.split("_", 1)[0]]] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             else:
@@ -76,7 +84,7 @@ class WindowCache:
     @classmethod
     def _write(cls, windows_uri: str, draft: Path) -> None:
         kinds: dict[str, str] = {}
-        ends = dict.fromkeys(_RAGGED.values(), 0)
+        ends: defaultdict[str, int] = defaultdict(int)
         users = []
         filesystem, _ = storage.resolve(windows_uri)
 
@@ -133,6 +141,13 @@ class WindowCache:
         length = np.asarray(stop - start)
         begin = np.concatenate([[0], np.cumsum(length)])[:-1]
         return np.arange(length.sum()) + np.repeat(start - begin, length), length
+
+    def feature(self, name: str, index: NDArray[np.int64]) -> NDArray[Any]:
+        """Encoded values of a feature's column at flat positions; rows where it is multi-hot."""
+        if name in self.offsets:
+            flat, length = self.gather(name, index)
+            return padded(self.columns[name][flat], length)
+        return self.columns[name][index]
 
     def describe(self, index: NDArray[np.int64]) -> list[str]:
         """Windows in words, for messages: user, number of the window, first row of the log among its targets."""
@@ -201,7 +216,8 @@ def collate(
         columns["history_time"][h],
         h_length,
         {a.name: columns[f"history_action_{a.name}"][h] for a in schema.actions},
-        {c.name: columns[f"history_context_{c.name}"][h] for c in schema.context},
+        {c.name: cache.feature(f"history_context_{c.name}", h) for c in schema.history_features},
+        schema.session_gap_ms,
     )
     targets = TargetBatch(
         window_M=torch.from_numpy(np.repeat(np.arange(len(index)), t_length)),
@@ -209,7 +225,7 @@ def collate(
         item_M=tensor(columns["target_item"][t], np.int64),
         positive_M=tensor(columns["target_positive"][t], bool),
         labels_M={n: tensor(columns[f"label_{n}"][t], np.float32) for n in schema.labels},
-        context_M={c.name: tensor(columns[f"target_context_{c.name}"][t], np.int64) for c in schema.context},
+        context_M={c.name: feature_tensor(cache.feature(f"target_context_{c.name}", t)) for c in schema.request_features},
     )
     masked = np.isin(columns["fold"][index], masked_folds)
     profile = {}

@@ -31,7 +31,7 @@ K = 8
 
 def change(raw: dict[str, Any]) -> None:
     """leave_one_out, so that the store's lists are the evaluated ones; seen items are excluded; the final order
-    uses two tasks."""
+    uses two tasks; events have features of every kind, and sessions."""
     raw["data"] |= {"protocol": "leave_one_out", "exclude_seen": True}
     raw["tasks"]["rating"]["final_weight"] = 0.3
     raw["scoring"]["k"] = K
@@ -44,7 +44,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
     # users that are in the store without a history: they never clicked
     with open(folder / "log" / "part0.csv", "a", encoding="utf-8") as file:
         file.write("idle,i1,1700000000000,0,,web\n")
-    config = tiny.make_config(folder, change)
+    tiny.write_features(folder)
+
+    def change_all(raw: dict[str, Any]) -> None:
+        change(raw)
+        tiny.with_features(folder)(raw)
+
+    config = tiny.make_config(folder, change_all)
     data = tiny.prepare_locally(config, folder / "data")
     tiny.write_bundle(config, data, tiny.train_locally(config, data), folder / "bundle")
     return folder, config
@@ -196,6 +202,27 @@ def test_score_similar_and_profile_agree_with_the_predictor(client: httpx.Client
         assert profile[attribute] == pytest.approx(values, abs=1e-5)
 
 
+def test_features_of_a_request_mean_the_same_online_and_its_position_nothing(
+    client: httpx.Client, run: tuple[Path, RunConfig]
+) -> None:
+    predictor, store = bundle.load(str(run[0] / "bundle")), HistoryStore(str(run[0] / "data"))
+    history = store.get("u1")
+    assert history is not None
+
+    def online(context: dict[str, Any]) -> list[dict[str, float]]:
+        body = {"user_id": "u1", "item_ids": ["i3", "i4"], "context": context}
+        answer = client.post("/score", json=body).json()
+        here = predictor.score_items(history, ["i3", "i4"], context)
+        for a, b in zip(answer["items"], here["items"], strict=True):
+            assert all(close(v, b["tasks"][t]) for t, v in a["tasks"].items())
+        return [i["tasks"] for i in answer["items"]]
+
+    context = {"device": "web", "price": 4.5, "price_band": 4.5, "tags": ["even", "t1", "never seen"]}
+    base = online(context)
+    assert online(context | {"position": 4}) == base == online(context | {"position": "far down"})
+    assert online(context | {"price": None}) != base and online(context | {"tags": []}) != base
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
@@ -205,6 +232,9 @@ def test_score_similar_and_profile_agree_with_the_predictor(client: httpx.Client
         ("/recommend", {"k": 3}, 422, "user_id"),
         ("/recommend", {"user_id": "u1", "wrong": 1}, 422, "wrong"),
         ("/recommend", {"user_id": "u1", "context": {"moon": "full"}}, 422, "moon"),
+        ("/recommend", {"user_id": "u1", "context": {"price": "cheap"}}, 422, "context.price: expected a finite number"),
+        ("/recommend", {"user_id": "u1", "context": {"tags": {"a": 1}}}, 422, "tags"),
+        ("/recommend", {"history": [{"item_id": "i1", "timestamp": 1, "context": {"price": []}}]}, 422, "context.price"),
         ("/recommend", {"history": [{"item_id": "i1", "timestamp": 1, "actions": {"stars": 3}}]}, 422, "stars"),
     ],
 )

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from mtrec_ray.config import ConfigError, RunConfig, load_config, parse_config
 from mtrec_ray.expressions import Expression
-from mtrec_ray.schema import ActionSpec, ContextSpec, LabelStats, LogSchema, bin_names, fit_action
+from mtrec_ray.features import CategoricalSpec
+from mtrec_ray.schema import ActionSpec, LabelStats, LogSchema, bin_names, fit_action
 
 ML100K = Path(__file__).parents[2] / "jobs" / "configs" / "ml100k.yaml"
 
@@ -569,13 +570,6 @@ def test_bin_names_are_one_more_than_the_edges_like_the_classes_of_digitize() ->
     assert names == ["<25", "25-34", "25-34", "35-49", "35-49", "50+", "50+"]
 
 
-def test_context_values_are_numbered_from_one_and_unknown_ones_are_zero() -> None:
-    spec = ContextSpec(name="device", values=("phone", "web"))
-    encoded = spec.encode(["web", "phone", None, "fridge", ""])
-    assert encoded.tolist() == [2, 1, 0, 0, 0]
-    assert encoded.dtype == np.int32
-
-
 def test_a_binary_action_is_embedded_by_value_and_a_numeric_one_keeps_its_statistics() -> None:
     stats = LabelStats(count=4, mean=3.5, std=1.2)
     assert fit_action("click", None, "binary", stats).values == (0.0, 1.0)
@@ -597,7 +591,7 @@ def test_a_log_schema_survives_its_own_json_and_refuses_unknown_keys() -> None:
         n_items=3,
         n_train_items=2,
         actions=(ActionSpec(name="rating", values=(1.0, 2.0)),),
-        context=(ContextSpec(name="device", values=("web",)),),
+        context=(CategoricalSpec(name="device", values=("web",)),),
     )
     assert LogSchema.model_validate_json(schema.model_dump_json()) == schema
     with pytest.raises(ValidationError, match="extra"):

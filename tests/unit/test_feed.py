@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from mtrec_ray import storage
 from mtrec_ray.data import windows
+from mtrec_ray.features import CategoricalSpec
 from mtrec_ray.models.batch import GAP_BUCKETS, Batch, collate_history, gap_bucket
-from mtrec_ray.schema import ActionSpec, AttributeSpec, ContextSpec, LabelStats, LogSchema
+from mtrec_ray.schema import ActionSpec, AttributeSpec, LabelStats, LogSchema
 from mtrec_ray.training.feed import CachedFeed, PairSampler, WindowCache, collate
 from mtrec_ray.training.stream import StreamFeed
 
@@ -33,7 +34,7 @@ SCHEMA = LogSchema(
     protocol="time",
     actions=(ActionSpec(name="click", values=(0.0, 1.0)), ActionSpec(name="rating", mean=3.0, std=1.0)),
     labels={"click": LabelStats(count=1, mean=0.5, std=0.5), "rating": LabelStats(count=1, mean=3.0, std=1.0)},
-    context=(ContextSpec(name="device", values=("web", "tv")),),
+    context=(CategoricalSpec(name="device", values=("web", "tv")),),
     attributes=(AttributeSpec(name="taste", classes=("even", "odd")),),
     n_items=9,
     n_train_items=9,
@@ -74,7 +75,8 @@ def table_of(users: list[str], seed: int, which: int = windows.TRAIN, split: int
     device = rng.integers(0, 3, len(events)).astype(np.int32)
     taste = rng.integers(-1, 2, len(users)).astype(np.int32)
     fold = rng.integers(0, 10, len(users)).astype(np.int8)
-    return windows.windows_table(layout, events, item, splits, {"device": device}, ["click", "rating"], {"taste": taste}, fold)
+    shown, asked = {"history_context_device": device}, {"target_context_device": device}
+    return windows.windows_table(layout, events, item, splits, shown, asked, ["click", "rating"], {"taste": taste}, fold)
 
 
 def parts() -> list[pa.Table]:

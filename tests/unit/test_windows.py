@@ -478,8 +478,9 @@ def table_of(events: Events, layout: Layout, split: np.ndarray, profile: dict[st
     """Windows in their Parquet form; an item's number is its row."""
     fold = np.arange(len(events.user_ids), dtype=np.int8)
     devices = [0 if v is None else 1 + int(v[1]) for v in events.context["device"].to_pylist()]
-    context = {"device": np.array(devices, dtype=np.int32)}
-    return windows.windows_table(layout, events, events.row.astype(np.int32), split, context, ["click"], profile or {}, fold)
+    device = np.array(devices, dtype=np.int32)
+    shown, asked = {"history_context_device": device}, {"target_context_device": device}
+    return windows.windows_table(layout, events, events.row.astype(np.int32), split, shown, asked, ["click"], profile or {}, fold)
 
 
 def same(left: list[float], right: list[float]) -> bool:
@@ -525,7 +526,7 @@ def test_windows_of_a_user_are_numbered_in_the_order_of_time() -> None:
 def test_the_store_table_keeps_the_logs_own_ids_and_the_events_before_the_history() -> None:
     events = make_events([Row("a", 10), Row("a", 20), Row("a", 30), Row("b", 10, history=False)])
     layout = windows.store_layout(events, split_of(events, "time"), "time", 3, "group")
-    a, b = windows.store_table(layout, events, ["click"]).to_pylist()
+    a, b = windows.store_table(layout, events, ["click"], ["device"]).to_pylist()
     assert (a["user_id"], a["history_item_id"], a["history_time"]) == ("a", ["i1", "i2"], [20, 30])
     assert (a["seen_item_id"], a["seen_time"]) == (["i0"], [10])
     assert same(a["history_action_click"], [1.0, np.nan]) and a["history_context_device"] == ["d1", "d2"]

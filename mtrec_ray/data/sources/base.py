@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -96,8 +96,8 @@ class Format(Protocol):
 
     def describe(self, table: TableConfig, file: File) -> Description: ...
 
-    def read(self, table: TableConfig, file: File, unit: Unit, columns: list[str], lists: bool) -> Iterator[Block]:
-        """Rows of a unit in order. columns: under the file's names; lists: whether a value may be a list."""
+    def read(self, table: TableConfig, file: File, unit: Unit, columns: list[str], lists: Set[str]) -> Iterator[Block]:
+        """Rows of a unit in order. columns: under the file's names; lists: those that may hold lists."""
 
 
 COMPRESSED = ("", ".gz", ".zst", ".bz2")

@@ -98,6 +98,38 @@ def id_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
 
 
+def list_strings(column: pa.ChunkedArray) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """Any column as lists of strings -> (lists, rows that hold bytes which are no UTF-8). One value is a list of one; missing
+    values are not in lists."""
+    if not _is(column.type, _LISTS):
+        texts = id_strings(column).combine_chunks()
+        lists = pa.ListArray.from_arrays(pa.array(np.arange(len(texts) + 1, dtype=np.int32)), texts)
+        return lists, np.zeros(len(lists), bool)
+    found, bad = [], []
+    for chunk in column.chunks:
+        lengths = pc.list_value_length(chunk).fill_null(0).to_numpy(zero_copy_only=False)
+        values = settle(pa.chunked_array([chunk.flatten()])).combine_chunks()
+        broken = np.zeros(len(chunk), bool)
+        if pa.types.is_binary(values.type):
+            values, wrong = _utf8(values)
+            broken[np.repeat(np.arange(len(chunk)), lengths)[wrong]] = True
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        found.append(pa.ListArray.from_arrays(offsets, id_strings(pa.chunked_array([values])).combine_chunks()))
+        bad.append(broken)
+    if not found:
+        return pa.array([], pa.list_(pa.string())), np.zeros(0, bool)
+    return pa.concat_arrays(found), np.concatenate(bad)
+
+
+def _utf8(values: pa.Array) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """Bytes as strings -> (strings, null where there is none; which ones are no UTF-8)."""
+    try:
+        return values.cast(pa.string()), np.zeros(len(values), bool)
+    except pa.ArrowInvalid:
+        wrong = np.array([not _is_utf8(v) for v in values.to_pylist()], bool)
+        return pc.if_else(pa.array(wrong), pa.scalar(None, pa.binary()), values).cast(pa.string()), wrong
+
+
 def _list_strings(column: pa.ChunkedArray) -> list[list[str] | None]:
     """Lists as lists of their values' strings, without the missing ones."""
     out: list[list[str] | None] = []

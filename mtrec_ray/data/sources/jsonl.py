@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def describe(table: TableConfig, file: File) -> Description:
     return Description(columns, [(None, None)], complete=False)
 
 
-def read(table: TableConfig, file: File, unit: Unit, columns: list[str], lists: bool) -> Iterator[Block]:
+def read(table: TableConfig, file: File, unit: Unit, columns: list[str], lists: Set[str]) -> Iterator[Block]:
     with file.stream() as stream:
         first = unit.base
         for text in _blocks(stream, file.path):
@@ -104,7 +104,7 @@ def _filled(text: bytes, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
 # --------------------------------------------------------------------------- Arrow's parser
 
 
-def _fast(text: bytes, columns: list[str], rows: int, lists: bool) -> pa.Table | None:
+def _fast(text: bytes, columns: list[str], rows: int, lists: Set[str]) -> pa.Table | None:
     """The block by Arrow's parser; None where it is not as its first lines are."""
     shown = [_object(line) for line in text[: 1 << 20].split(b"\n", _SHOWN)[:_SHOWN]]
     kinds: dict[str, pa.DataType] = {}
@@ -113,7 +113,7 @@ def _fast(text: bytes, columns: list[str], rows: int, lists: bool) -> pa.Table |
         found = {_kind(v) for v in values}
         if found <= {pa.int64(), pa.float64()} and len(found) == 2:
             found = {pa.float64()}
-        if len(found) > 1 or (any(pa.types.is_nested(k) for k in found) and not (lists and found == {_STRINGS})):
+        if len(found) > 1 or (any(pa.types.is_nested(k) for k in found) and not (name in lists and found == {_STRINGS})):
             return None
         kinds[name] = found.pop() if found else pa.null()
     schema = _schema(kinds)
@@ -179,7 +179,7 @@ def _pick(table: pa.Table, name: str) -> pa.ChunkedArray:
 # --------------------------------------------------------------------------- line by line
 
 
-def _slow(text: bytes, columns: list[str], first: int, lists: bool) -> Block:
+def _slow(text: bytes, columns: list[str], first: int, lists: Set[str]) -> Block:
     numbers: list[int] = []
     broken: Broken = []
     values: dict[str, list[Any]] = {n: [] for n in columns}
@@ -189,7 +189,7 @@ def _slow(text: bytes, columns: list[str], first: int, lists: bool) -> Block:
             continue
         row = _object(line)
         picked = None if row is None else [_value(row, n) for n in columns]
-        if picked is None or not all(_usable(v, lists) for v in picked):
+        if picked is None or not all(_usable(v, n in lists) for v, n in zip(picked, columns, strict=True)):
             broken.append((number, line.decode(errors="replace").rstrip("\r")))
             continue
         numbers.append(number)

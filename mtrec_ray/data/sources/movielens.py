@@ -6,7 +6,7 @@ occupation, zip. A year is taken out of the title; genres are joined with ', '.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -87,7 +87,7 @@ def describe(table: TableConfig, file: File) -> Description:
     return Description(dict.fromkeys(_kind(file).columns), [(None, None)])
 
 
-def read(table: TableConfig, file: File, unit: Unit, columns: list[str], lists: bool) -> Iterator[Block]:
+def read(table: TableConfig, file: File, unit: Unit, columns: list[str], lists: Set[str]) -> Iterator[Block]:
     kind = _kind(file)
     assert kind.layout.names is not None
     raw = columns if kind.derive is None else list(kind.layout.names)

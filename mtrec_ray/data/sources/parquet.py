@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ def describe(table: TableConfig, file: File) -> Description:
     return Description({f.name: f.type for f in schema}, pieces, double=doubled(schema.names))
 
 
-def read(table: TableConfig, file: File, unit: Unit, columns: list[str], lists: bool) -> Iterator[Block]:
+def read(table: TableConfig, file: File, unit: Unit, columns: list[str], lists: Set[str]) -> Iterator[Block]:
     with file.random_access() as source:
         parquet = pq.ParquetFile(source, buffer_size=_BUFFER, page_checksum_verification=True)
         assert unit.row_group is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +54,7 @@ def describe(table: TableConfig, file: File) -> Description:
     return Description(dict.fromkeys(names), [(None, None)], double=doubled(names))
 
 
-def read(table: TableConfig, file: File, unit: Unit, columns: list[str], lists: bool) -> Iterator[Block]:
+def read(table: TableConfig, file: File, unit: Unit, columns: list[str], lists: Set[str]) -> Iterator[Block]:
     layout = layout_of(table)
     names = [plain(table, n) for n in header(layout, file)]
     for name in columns:

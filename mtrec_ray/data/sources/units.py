@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from csv import Error as CsvError
 from typing import TypeVar
@@ -27,10 +27,10 @@ _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 T = TypeVar("T")
 
 
-def list_units(table: TableConfig, needed: list[str], what: str, lists: bool = False) -> list[Unit]:
+def list_units(table: TableConfig, needed: list[str], what: str, lists: Set[str] = frozenset()) -> list[Unit]:
     """Units of a table, after checking that every file has the needed columns. Reads footers and headers only.
 
-    needed: names as used inside; `table.columns` maps them to the file's. lists: whether a value may be a list.
+    needed: names as used inside; `table.columns` maps them to the file's. lists: those that may hold lists of values.
     Raises SourceError naming the file and the column.
     """
     try:
@@ -95,7 +95,13 @@ def _partition(relative: str) -> dict[str, str | None]:
 
 
 def _check(
-    table: TableConfig, found: Description, partition: dict[str, str | None], needed: list[str], where: str, what: str, lists: bool
+    table: TableConfig,
+    found: Description,
+    partition: dict[str, str | None],
+    needed: list[str],
+    where: str,
+    what: str,
+    lists: Set[str],
 ) -> None:
     """Raise SourceError unless a file has every needed column once, with one value per row."""
     for name in needed:
@@ -112,7 +118,7 @@ def _check(
                 )
             continue
         kind = found.columns[column]
-        if kind is not None and not readable(kind, lists and name not in _REQUIRED):
+        if kind is not None and not readable(kind, name in lists and name not in _REQUIRED):
             object_ = table.format == "jsonl" and pa.types.is_struct(kind)
             cure = f"name one of its values, such as {column}.id" if object_ else "write it as text, a number or a timestamp"
             shown = "an object" if object_ else f"of type {kind}"
@@ -141,7 +147,9 @@ def _stamp(filesystem: pafs.FileSystem, info: pafs.FileInfo) -> tuple[int | None
 # --------------------------------------------------------------------------- reading
 
 
-def read_unit(table: TableConfig, unit: Unit, needed: list[str], lists: bool = False) -> Iterator[tuple[pa.Table, Broken]]:
+def read_unit(
+    table: TableConfig, unit: Unit, needed: list[str], lists: Set[str] = frozenset()
+) -> Iterator[tuple[pa.Table, Broken]]:
     """Stream a unit -> (table of `needed` columns and ROW, rows that are not even a row: (row, text)).
 
     Columns of text formats come as strings (typing is the validation's work); those of Parquet and JSON Lines as they are.
@@ -153,7 +161,8 @@ def read_unit(table: TableConfig, unit: Unit, needed: list[str], lists: bool = F
     inside = sorted({c for c in columns.values() if c not in partition})
     try:
         _check_unchanged(filesystem, unit)
-        for block, rows, broken in _FORMATS[table.format].read(table, File(filesystem, unit.path), unit, inside, lists):
+        listed = {columns[n] for n in lists if n in columns}
+        for block, rows, broken in _FORMATS[table.format].read(table, File(filesystem, unit.path), unit, inside, listed):
             constants = {c: pa.repeat(pa.scalar(v, pa.string()), len(rows)) for c, v in partition.items()}
             picked = pa.table({n: constants[c] if c in constants else block[c] for n, c in columns.items()})
             yield picked.append_column(ROW, pa.array(rows, pa.int64())), broken
@@ -177,7 +186,7 @@ def read_strings(table: TableConfig, unit: Unit, needed: list[str], what: str) -
 
     Raises SourceError for a broken row, which such a table may not have."""
     pieces = []
-    for block, broken in read_unit(table, unit, needed, lists=True):
+    for block, broken in read_unit(table, unit, needed, set(needed)):
         if broken:
             row, line = broken[0]
             raise SourceError(f"{what}: {unit.path} row {row - unit.base} {_FAULT[table.format]}: {line!r}")
