@@ -157,7 +157,7 @@ def windows(plan: pl.DataFrame, targets: pl.DataFrame, clicks: pl.DataFrame, use
     about = users.select(pl.all().gather(plan["user"]))
     history = ranges(clicks.select(pl.exclude("^seen_.*$")), plan["start"], plan["end"])
     # a moment holds what the user's moment before did not
-    seen_from = plan.select(pl.col("start").shift(1).over("user").fill_null(pl.col("base"))).to_series()
+    seen_from = plan.select(pl.max_horizontal("base", pl.col("start").shift(1).over("user"))).to_series()
     seen = ranges(clicks.select("seen_item"), seen_from, plan["start"])
     columns = [*about.get_columns(), *head.get_columns(), *history, *lists(targets, plan["n_targets"]), *seen]
     write(pl.DataFrame(columns), path)

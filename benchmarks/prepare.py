@@ -115,7 +115,7 @@ def check_windows(log: Path, folders: dict[str, Path], cuts: tuple[int, int], wi
     for name, folder in folders.items():
         items = pq.read_table(folder / "catalogue.parquet", columns=["item_id"])["item_id"].to_pylist()
         schema = json.loads((folder / "schema.json").read_text(encoding="utf-8"))
-        devices = schema["device"] if "device" in schema else schema["context"][0]["values"]
+        devices = schema["device"] if "device" in schema else ["unknown", *schema["context"][0]["values"]]
         found[name] = difference(read_windows(folder / "windows", users, items, list(devices)), expected)
     return found
 

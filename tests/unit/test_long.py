@@ -230,13 +230,13 @@ def test_a_late_label_is_a_target_and_not_in_the_window_that_follows() -> None:
     split = np.zeros(3, np.int8)
     layout = windows.train_layout(events, split, 10, "group")
     [row] = windows.windows_table(
-        layout, events, np.arange(3, dtype=np.int32), split, {}, ["click", "bought", "rating"], {}, np.zeros(1, np.int8)
+        layout, events, np.arange(3, dtype=np.int32), split, {}, {}, ["click", "bought", "rating"], {}, np.zeros(1, np.int8)
     ).to_pylist()
     assert row["history_item"] == [0, 1] and row["target_pos"] == [0, 1, 2]
     assert row["history_action_click"] == [0, 1] and row["history_action_bought"] == [0, 0]
     assert row["history_action_rating"][0] == 2 and row["history_positive"] == [0, 0]
     assert row["label_rating"][0] == 5 and row["label_bought"] == [1, 0, 0] and row["target_positive"] == [1, 0, 0]
-    stored = windows.store_table(windows.store_layout(events, split, "time", 10, "group"), events, ["rating"]).to_pylist()
+    stored = windows.store_table(windows.store_layout(events, split, "time", 10, "group"), events, ["rating"], []).to_pylist()
     assert stored[0]["history_action_rating"][0] == 2
 
 

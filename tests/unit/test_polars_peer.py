@@ -36,7 +36,7 @@ class Both:
 
     def our_windows(self) -> dict[str, Any]:
         items = storage.read_table(self.ours.path("catalogue.parquet"))["item_id"].to_pylist()
-        devices = list(load_schema(self.ours.prefix).context[0].values)
+        devices = ["unknown", *load_schema(self.ours.prefix).context[0].values]
         return read_windows(Path(self.ours.path("windows")), self.users, items, devices)
 
     def polars_windows(self) -> dict[str, Any]:
