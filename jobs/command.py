@@ -22,6 +22,8 @@ def main(stages: tuple[str, ...], description: str, argv: list[str] | None = Non
     )
     parser.add_argument("--config", required=True, help="YAML of the run, such as jobs/configs/ml100k.yaml")
     parser.add_argument("--out", help="run directory or URI (default runs/NAME with the config's name)")
+    if "prepare" in stages:
+        parser.add_argument("--append", action="store_true", help="files of the log that are new join the prepared data")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", help="key.path=value, such as tasks.rating.weight=0.5")
     args = parser.parse_args(argv)
@@ -30,7 +32,7 @@ def main(stages: tuple[str, ...], description: str, argv: list[str] | None = Non
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         config = load_config(args.config, args.overrides)
-        run_stages(config, args.out or f"runs/{config.name}", stages)
+        run_stages(config, args.out or f"runs/{config.name}", stages, getattr(args, "append", False))
     except USER_ERRORS as error:
         if args.debug:
             raise

@@ -20,6 +20,7 @@ from mtrec_ray.base_config import Int
 from mtrec_ray.base_config import Model as _Model
 from mtrec_ray.expressions import Expression, ExpressionError
 from mtrec_ray.feature_config import Features
+from mtrec_ray.long_config import LongConfig
 from mtrec_ray.schema import Protocol
 
 
@@ -80,6 +81,9 @@ class LabelConfig(_Model):
     """Values above are quarantined."""
     values: tuple[float, ...] | None = None
     """The values that occur, when they are few: the history then embeds each value."""
+    maturity_hours: float | None = Field(default=None, gt=0)
+    """A target younger than this at the log's end has the label masked, since it may not have come yet, and labels derived
+    from it too, in every split. The history shows it all the same: there it stands for what was observed."""
 
     @model_validator(mode="after")
     def _check(self) -> LabelConfig:
@@ -129,6 +133,22 @@ class ItemTextConfig(_Model):
         return self
 
 
+class PseudonymConfig(_Model):
+    """User ids are replaced by a keyed hash (BLAKE2b) before anything is written. The key is read from one of the two
+    places, wherever preparation, jobs.forget or the ingress runs; it has 16 to 64 bytes and is never stored."""
+
+    key_env: str | None = None
+    """Name of an environment variable."""
+    key_file: str | None = None
+    """Path or URI of a file."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PseudonymConfig:
+        if (self.key_env is None) == (self.key_file is None):
+            raise ValueError("name either key_env or key_file")
+        return self
+
+
 class DataConfig(_Model):
     """The log, and how it becomes windows."""
 
@@ -138,6 +158,8 @@ class DataConfig(_Model):
     time_unit: Literal["s", "ms", "us", "ns", "iso"] = "ms"
     """Unit of the log's timestamps, or `iso` for ISO 8601 texts; inside, time is int64 milliseconds UTC."""
     labels: dict[str, LabelConfig]
+    long: LongConfig | None = None
+    """The log is long: an impression, a click and a rating are rows of their own. Default: wide, labels are columns."""
     actions: tuple[str, ...] = ()
     """Labels that the history shows the trunk. Default: all that are not expressions."""
     context: Features = Field(default_factory=dict)
@@ -175,6 +197,11 @@ class DataConfig(_Model):
     """Events of users that the users table lacks; kept, they train everything but profiles."""
     recent_days: float = Field(default=30.0, gt=0)
     """Length of the recent-popularity window before the last training event."""
+    pseudonyms: PseudonymConfig | None = None
+    """User ids become pseudonyms; callers of the service keep sending their own ids."""
+    sensitive: tuple[str, ...] = ()
+    """Columns, labels, context columns or attributes whose values never reach logs, messages, quarantine, reports or
+    the names of metrics."""
     partitions: Int | None = Field(default=None, ge=1)
     """User partitions (files). Default: from the number of rows and the cluster."""
 
@@ -192,6 +219,8 @@ class DataConfig(_Model):
         for name, label in self.labels.items():
             if label.expression is not None:
                 _expression(label.expression, plain, f"labels.{name}.expression")
+        if self.long is not None:
+            self.long.check(self.labels, tuple(self.context))
         for name in self.actions:
             if name not in self.labels:
                 raise ValueError(f"actions: {name!r} is not among labels {sorted(self.labels)}")
@@ -205,12 +234,26 @@ class DataConfig(_Model):
             raise ValueError(f"fold: {self.fold} is not one of {self.folds} folds, which count from 0")
         if self.attributes and self.users is None:
             raise ValueError("attributes: a users table is needed")
+        text = set() if self.text is None else {f for _, f, _, _ in string.Formatter().parse(self.text.template) if f}
+        known = {
+            "user_id",
+            *plain,
+            *self.labels,
+            *self.context,
+            *self.attributes,
+            *(a.column for a in self.attributes.values()),
+            *text,
+        }
+        mapped = {column for table in (self.interactions, self.items, self.users) if table for column in table.columns.values()}
+        strange = set(self.sensitive) - known - mapped
+        if strange:
+            raise ValueError(f"sensitive: {sorted(strange)} are no columns, labels or attributes of this configuration")
         if self.text is not None and self.items is None:
             raise ValueError("text: an items table is needed")
         overlap = {a.column for a in self.attributes.values()} | set(self.attributes)
         columns = self.interactions.columns
         features = [n for n, feature in self.context.items() if feature.kind != "kept"]
-        for name in (*features, *self.action_names):
+        for name in (*features, *self.action_names, *(self.long.columns if self.long is not None else ())):
             shown = self.labels.get(name)
             reads = {name, columns.get(name, name)}
             if shown is not None and shown.expression is not None:
@@ -226,6 +269,20 @@ class DataConfig(_Model):
     def action_names(self) -> tuple[str, ...]:
         """Labels shown in the history, in a fixed order."""
         return self.actions or tuple(n for n, label in self.labels.items() if label.expression is None)
+
+    @property
+    def sensitive_names(self) -> frozenset[str]:
+        """Names of sensitive columns under all their names, and of what is made of them alone."""
+        names = set(self.sensitive)
+        for table in (self.interactions, self.items, self.users):
+            if table is not None:
+                names |= {column for name, column in table.columns.items() if name in names}
+                names |= {name for name, column in table.columns.items() if column in names}
+        names |= {name for name, attribute in self.attributes.items() if attribute.column in names}
+        for name, label in self.labels.items():
+            if label.expression is not None and Expression(label.expression).names & names:
+                names.add(name)
+        return frozenset(names)
 
     @property
     def history_expression(self) -> str:

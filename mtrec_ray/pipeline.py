@@ -39,8 +39,8 @@ class StageError(RuntimeError):
 class Run:
     """One run directory and the stages that fill it."""
 
-    def __init__(self, config: RunConfig, out: str) -> None:
-        self.config, self.out = config, storage.absolute(out)
+    def __init__(self, config: RunConfig, out: str, append: bool = False) -> None:
+        self.config, self.out, self.append = config, storage.absolute(out), append
         self.data = storage.Directory(self.path("data"))
         self.text = storage.Directory(self.path("text"))
         self.trained = storage.Directory(self.path("train"))
@@ -74,7 +74,7 @@ class Run:
     # -- stages; each returns False when there was nothing to do
 
     def _prepare(self) -> bool:
-        return _changed(self.data, lambda: prepare(self.config, self.data.root))
+        return _changed(self.data, lambda: prepare(self.config, self.data.root, self.append))
 
     def _encode(self) -> bool:
         self._need(self.data, "prepare")
@@ -125,7 +125,7 @@ class Run:
         fingerprint = storage.read_json(storage.join(prefix, "fingerprint.json"))["fingerprint"]
         found = evaluate(self.config, self.data, prefix)
         storage.write_json(storage.join(prefix, "metrics.json"), found.metrics)
-        self.bundle.publish(inputs, kind="bundle", fingerprint=fingerprint)
+        self.bundle.publish(inputs, kind="bundle", fingerprint=fingerprint, data=self.data.manifest["inputs"])
         kept = self.evaluation.begin(inputs)
         storage.write_json(storage.join(kept, "metrics.json"), found.metrics)
         storage.write_json(storage.join(kept, "slices.json"), found.slices)
@@ -187,11 +187,11 @@ def _changed(directory: storage.Directory, work: Callable[[], Any]) -> bool:
     return before != inputs() or (before is None and inputs() is not None)
 
 
-def run_stages(config: RunConfig, out: str, stages: tuple[str, ...]) -> Run:
-    """Connect, check, and run some stages in order."""
+def run_stages(config: RunConfig, out: str, stages: tuple[str, ...], append: bool = False) -> Run:
+    """Connect, check, and run some stages in order. append: new files of the log join the prepared data."""
     runtime.connect()
     runtime.preflight(config, out)
-    run = Run(config, out)
+    run = Run(config, out, append)
     for name in stages:
         run.stage(name)
     return run

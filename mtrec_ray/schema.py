@@ -59,6 +59,10 @@ class LogSchema(_Model):
     session_gap_minutes: float | None = None
     """A longer gap begins a session; None: events do not know their sessions."""
     attributes: tuple[AttributeSpec, ...] = ()
+    sensitive: tuple[str, ...] = ()
+    """Names whose values are shown to nobody."""
+    pseudonym_key: str | None = None
+    """Fingerprint of the key of user ids; None: ids are the log's own."""
     n_items: int
     n_train_items: int
     """The first n_train_items of the catalogue have a training event."""

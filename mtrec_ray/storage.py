@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def exists(uri: str | Path) -> bool:
 def read_bytes(uri: str | Path) -> bytes:
     filesystem, path = resolve(uri)
     try:
-        with filesystem.open_input_stream(path) as stream:
+        with filesystem.open_input_stream(path, compression=None) as stream:
             return bytes(stream.read())
     except FileNotFoundError:
         raise StorageError(f"{uri}: not found") from None
@@ -69,7 +71,7 @@ def read_bytes(uri: str | Path) -> bytes:
 def write_bytes(uri: str | Path, data: bytes) -> None:
     filesystem, path = resolve(uri)
     filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    with filesystem.open_output_stream(path) as stream:
+    with filesystem.open_output_stream(path, compression=None) as stream:
         stream.write(data)
 
 
@@ -125,6 +127,28 @@ def list_files(uri: str | Path, suffix: str = "") -> list[str]:
 
 def _hidden(relative: str) -> bool:
     return any(part.startswith((".", "_")) for part in relative.strip("/").split("/"))
+
+
+def copy(source: str, target: str) -> None:
+    """The same file at another place of the same filesystem; a local one is linked where that is possible."""
+    filesystem, path = resolve(source)
+    _, other = resolve(target)
+    filesystem.create_dir(other.rsplit("/", 1)[0], recursive=True)
+    if is_local(source):
+        Path(other).unlink(missing_ok=True)  # never write into a file that is linked to its source already
+        try:
+            os.link(path, other)
+            return
+        except OSError:  # another disk, or a filesystem without links
+            pass
+    filesystem.copy_file(path, other)
+
+
+def rows(uri: str | Path) -> int:
+    """Rows of a Parquet file, from its footer."""
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as source:
+        return int(pq.ParquetFile(source).metadata.num_rows)
 
 
 def delete(uri: str | Path) -> None:
@@ -193,7 +217,10 @@ class Directory:
         """Write the manifest: from now on readers see the prefix. Older prefixes are removed afterwards."""
         prefix = inputs[:16]
         base = resolve(join(self.root, prefix))[1]
-        files = {p.removeprefix(base + "/"): file_fingerprint_of_path(self.root, p) for p in list_files(join(self.root, prefix))}
+        paths = list_files(join(self.root, prefix))
+        with ThreadPoolExecutor(8) as pool:
+            hashes = pool.map(lambda path: file_fingerprint_of_path(self.root, path), paths)
+            files = {p.removeprefix(base + "/"): h for p, h in zip(paths, hashes, strict=True)}
         manifest = {"schema_version": SCHEMA_VERSION, "inputs": inputs, "prefix": prefix, "files": files, **meta}
         write_json(self._manifest_uri, manifest)
         for old in self._prefixes():
@@ -241,7 +268,7 @@ def file_fingerprint_of_path(root: str, path: str) -> str:
     """SHA-256 of one file given as a path on `root`'s filesystem."""
     filesystem, _ = resolve(root)
     digest = hashlib.sha256()
-    with filesystem.open_input_stream(path) as stream:
+    with filesystem.open_input_stream(path, compression=None) as stream:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()

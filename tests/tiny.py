@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtrec_ray import bundle, runtime, storage
-from mtrec_ray.config import RunConfig, parse_config
+from mtrec_ray.config import RunConfig, TableConfig, parse_config
+from mtrec_ray.data import sources
 from mtrec_ray.data.prepare import prepare
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
@@ -137,6 +138,12 @@ def make_config(folder: Path, change: Callable[[dict[str, Any]], None] | None = 
     if change is not None:
         change(raw)
     return parse_config(raw)
+
+
+def read_all(table: TableConfig, needed: list[str], what: str) -> pa.Table:
+    """Every unit of a small table, as strings."""
+    units = sources.list_units(table, needed, what, set(needed))
+    return pa.concat_tables([sources.read_strings(table, unit, needed, what) for unit in units])
 
 
 def in_this_process(function: Callable[[Any, Any], Any], shared: Any, items: Any, what: str, **_: Any) -> Iterator[tuple[int, Any]]:

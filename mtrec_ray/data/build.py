@@ -16,6 +16,8 @@ from mtrec_ray.data import ids, windows
 from mtrec_ray.data.catalogue import catalogue_rows, item_columns
 from mtrec_ray.data.events import Job, read_events, users_of
 from mtrec_ray.data.fit import profile_codes, split_events, to_events
+from mtrec_ray.data.maturity import maturity_hours
+from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.schema import LogSchema
 
 SPLITS = {windows.TRAIN: "train", windows.VALID: "valid", windows.TEST: "test"}
@@ -38,6 +40,8 @@ class Plan:
     schema: LogSchema | None = None
     parts: list[int] = field(default_factory=list)
     """Partitions that have events."""
+    touched: frozenset[int] | None = None
+    """Partitions whose windows differ from those of before the append; None: all."""
 
 
 def _range(plan: Plan, kind: str, number: int) -> str:
@@ -47,12 +51,19 @@ def _range(plan: Plan, kind: str, number: int) -> str:
 # --------------------------------------------------------------------------- items
 
 
-def number_items(plan: Plan, which: int) -> tuple[int, int]:
-    """Number the items of one range, and tell every partition what its own became -> (new training items, others)."""
+def number_items(plan: Plan, which: int) -> tuple[int, int, int]:
+    """Number the items of one range, and tell every partition what its own became -> (new training items, others, sum
+    of the others' hashes)."""
     job = plan.job
     lists = [ids.share(storage.read_table(job.work("distinct", f"part-{p:05d}.parquet")), plan.bounds, which) for p in plan.parts]
     others = [ids.share(t, plan.bounds, which)["item_id"].combine_chunks() for t in _item_units(plan, ["item_id"])]
-    found = ids.number_range(lists, others)
+    before = None
+    if job.before is not None:
+        table = storage.read_table(storage.join(job.before.prefix, "catalogue.parquet"), ["item_id"])
+        table = table.slice(0, job.before.n_train_items)
+        table = table.append_column("position", pa.array(np.arange(len(table))))
+        before = ids.share(table, plan.bounds, which)
+    found = ids.number_range(lists, others, before)
     codes = [pa.table([pa.array(found.kind[c]), pa.array(found.rank[c])], schema=_CODES) for c in found.codes]
     filesystem, path = storage.resolve(job.work("codes", f"range-{which:05d}.arrow"))
     filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
@@ -62,7 +73,8 @@ def number_items(plan: Plan, which: int) -> tuple[int, int]:
             writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=_CODES))
     columns = [found.item_ids, pa.array(found.kind), pa.array(found.rank), pa.array(found.count)]
     storage.write_table(_range(plan, "numbers", which), pa.table(columns, names=["item_id", "kind", "rank", "count"]))
-    return int((found.kind == ids.NEW).sum()), int((found.kind == ids.REST).sum())
+    rest = found.item_ids.filter(pa.array(found.kind == ids.REST))
+    return int((found.kind == ids.NEW).sum()), len(rest), int(hash_ids(rest).sum(dtype=np.uint64))
 
 
 def _item_units(plan: Plan, columns: list[str]) -> list[pa.Table]:
@@ -144,9 +156,16 @@ def build_windows(plan: Plan, number: int) -> dict[str, int]:
     """Windows, moments and histories of one partition -> counts."""
     job, schema = plan.job, plan.schema
     assert schema is not None
-    events = to_events(job.config, read_events(job, number))
+    same = plan.touched is not None and number not in plan.touched
+    table = read_events(job, number)
+    events = to_events(job.config, table, job.log_end)
     split = split_events(job.data, events, plan.cuts)
     item_ids, codes = ids.sorted_dictionary(events.item_ids)
+    if same:
+        _write_recent(
+            plan, number, item_ids, codes, (split == windows.TRAIN) & events.is_history & (events.time >= plan.recent_since)
+        )
+        return _as_before(job, number)
     item = positions_of(plan, number)[codes]
     encoded = {s.name: s.encode(events.context[s.name]) for s in schema.context if s.kind != "kept"}
     history = {f"history_context_{s.name}": encoded[s.name] for s in schema.history_features}
@@ -157,6 +176,8 @@ def build_windows(plan: Plan, number: int) -> dict[str, int]:
     profile = profile_codes(job, schema, users_of(job, number), events.user_ids)
     fold = user_fold(events.user_ids)
     counts: dict[str, int] = {"users": len(events.user_ids)}
+    for name in maturity_hours(job.data):
+        counts[f"immature_{name}"] = int(np.isnan(events.labels[name]).sum() - np.isnan(table[name].to_numpy()).sum())
     for which, name in SPLITS.items():
         if which == windows.TRAIN:
             layout = windows.train_layout(events, split, schema.window, schema.same_time)
@@ -173,9 +194,21 @@ def build_windows(plan: Plan, number: int) -> dict[str, int]:
     stored = (windows.store_table(piece, events, actions, shown) for piece in layout.pieces(_LIST_ENTRIES))
     storage.write_tables(job.part("store", number), stored)
 
-    shown = (split == windows.TRAIN) & events.is_history & (events.time >= plan.recent_since)
-    recent = np.bincount(codes[shown], minlength=len(item_ids))
-    there = np.flatnonzero(recent)
-    rows = pa.table([item_ids.take(pa.array(there)), pa.array(recent[there])], schema=_RECENT)
-    storage.write_table(job.work("recent", f"part-{number:05d}.parquet"), rows)
+    recent = (split == windows.TRAIN) & events.is_history & (events.time >= plan.recent_since)
+    _write_recent(plan, number, item_ids, codes, recent)
     return counts
+
+
+def _write_recent(plan: Plan, number: int, item_ids: pa.Array, codes: NDArray[np.int64], recent: NDArray[np.bool_]) -> None:
+    count = np.bincount(codes[recent], minlength=len(item_ids))
+    there = np.flatnonzero(count)
+    rows = pa.table([item_ids.take(pa.array(there)), pa.array(count[there])], schema=_RECENT)
+    storage.write_table(plan.job.work("recent", f"part-{number:05d}.parquet"), rows)
+
+
+def _as_before(job: Job, number: int) -> dict[str, int]:
+    """Take a partition's windows and histories as they were before the append -> its counts."""
+    assert job.before is not None
+    for kind in (*(f"windows/{name}" for name in SPLITS.values()), "store"):
+        storage.copy(storage.join(job.before.prefix, kind, f"part-{number:05d}.parquet"), job.part(kind, number))
+    return job.before.parts[str(number)]

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from mtrec_ray import hashing, storage
 from mtrec_ray.config import DataConfig, RunConfig
-from mtrec_ray.data import shuffle, sources
+from mtrec_ray.data import long, shuffle, sources
 from mtrec_ray.data.catalogue import check_unique, item_columns, user_columns
 from mtrec_ray.data.ids import sample, sorted_dictionary
+from mtrec_ray.data.lineage import Before, forgotten_hash
 from mtrec_ray.data.partition import hash_ids, user_partition
 from mtrec_ray.data.validate import (
     ITEM,
@@ -28,17 +29,15 @@ from mtrec_ray.data.validate import (
     event_schema,
     list_columns,
     needed_columns,
+    quarantine_broken,
     quarantine_rows,
     validate,
 )
+from mtrec_ray.privacy import Pseudonyms
 
 ROW = sources.ROW
 PIECE_ROWS = 1 << 20
 """Rows that a task holds before they go to the shuffle's files."""
-
-
-class DataError(ValueError):
-    """A log that cannot be prepared; nothing has been published."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,13 @@ class Job:
     """Units of the tables interactions, items and users."""
     known_items: NDArray[np.uint64] | None = None
     """Sorted hashes of the items table's ids."""
+    pseudonyms: Pseudonyms | None = None
+    forgotten: frozenset[str] = frozenset()
+    """Hashes of users whose events are left out (jobs.forget)."""
+    before: Before | None = None
+    """The published data that are appended to."""
+    log_end: int = 0
+    """Time of the log's newest good row, ms; known once the log is read."""
 
     @property
     def data(self) -> DataConfig:
@@ -68,6 +74,13 @@ class Job:
         return replace(self, **fields)
 
 
+def pseudonymised(job: Job, table: pa.Table) -> pa.Table:
+    """The table with pseudonyms for user ids."""
+    assert job.pseudonyms is not None
+    place = table.column_names.index(USER)
+    return table.set_column(place, USER, job.pseudonyms.column(sources.id_strings(table[USER])))
+
+
 # --------------------------------------------------------------------------- the tables of items and users
 
 
@@ -80,16 +93,14 @@ def read_table_unit(job: Job, place: tuple[str, int]) -> dict[str, Any]:
     config = job.data.items if what == "items" else job.data.users
     columns = item_columns(job.data) if what == "items" else user_columns(job.data)
     assert config is not None
-    unit, key, blocks = job.units[what][number], columns[0], []
-    for block, broken in sources.read_unit(config, unit, columns):
-        if broken:
-            raise sources.SourceError(f"{what}: {unit.path} has a row with another number of columns: {broken[0][1]!r}")
-        blocks.append(pa.table({n: sources.id_strings(block[n]) for n in columns}))
-    table = pa.concat_tables(blocks) if blocks else pa.table({n: pa.array([], pa.string()) for n in columns})
+    unit, key = job.units[what][number], columns[0]
+    table = sources.read_strings(config, unit, columns, what)
     if table[key].null_count:
         first = pc.index(table[key].is_null(), True).as_py()
         raise sources.SourceError(f"{what}: {unit.path}: {table[key].null_count} row(s) without {key}; the first is row {first}")
     if what == "users":
+        if job.pseudonyms is not None:
+            table = pseudonymised(job, table)
         part = user_partition(table[key], job.partitions)
         shuffle.write_piece(job.work("users", f"unit-{number:06d}.arrow"), table, part, job.partitions)
         return {"rows": len(table), "sample": [], "hashes": np.zeros(0, np.uint64)}
@@ -116,27 +127,31 @@ def users_of(job: Job, number: int) -> pa.Table | None:
 def read_events_unit(job: Job, number: int) -> dict[str, Any]:
     """Read and validate a unit of the log; good rows go to the shuffle's files, bad ones to the quarantine."""
     unit = job.units["interactions"][number]
+    name = unit.number
     held: list[pa.Table] = []
     rejected: list[pa.Table] = []
-    good_rows = pieces = 0
+    good_rows = forgotten = pieces = 0
 
     def send() -> None:
         nonlocal pieces
         table = pa.concat_tables(held)
         part = user_partition(table[USER], job.partitions)
-        shuffle.write_piece(job.work("events", f"unit-{number:06d}-{pieces:04d}.arrow"), table, part, job.partitions)
+        shuffle.write_piece(job.work("events", f"unit-{name:06d}-{pieces:04d}.arrow"), table, part, job.partitions)
         pieces += 1
         held.clear()
 
     now = time.time_ns() // 1_000_000
     earliest, latest = [], []
     for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data), list_columns(job.data)):
+        if job.pseudonyms is not None:
+            table = pseudonymised(job, table)
+        remembered = _without_forgotten(job, table)
+        forgotten, table = forgotten + len(table) - len(remembered), remembered
         good, bad = validate(table, job.data, unit.path, job.known_items, now)
         rejected.append(bad)
         if broken:
-            rows, texts = zip(*broken, strict=True)
-            why = ["wrong number of columns"] * len(rows)
-            rejected.append(pa.table([pa.array(rows, pa.int64()), [unit.path] * len(rows), why, list(texts)], schema=QUARANTINE))
+            secret = bool(job.data.pseudonyms or job.data.sensitive or job.forgotten)
+            rejected.append(quarantine_broken(unit.path, broken, job.data, secret))
         if len(good):
             span = pc.min_max(good[TIME]).as_py()
             earliest.append(span["min"])
@@ -149,41 +164,94 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
         send()
     quarantine = pa.concat_tables(rejected) if rejected else QUARANTINE.empty_table()
     if len(quarantine):
-        storage.write_table(job.part("quarantine", number), quarantine)
-    return {"good": good_rows, "earliest": min(earliest, default=None), "latest": max(latest, default=None)}
+        storage.write_table(job.part("quarantine", name), quarantine)
+    return {
+        "read": good_rows + len(quarantine) + forgotten,
+        "good": good_rows,
+        "forgotten": forgotten,
+        "earliest": min(earliest, default=None),
+        "latest": max(latest, default=None),
+    }
 
 
 def settle_partition(job: Job, number: int) -> dict[str, int]:
-    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, write it."""
+    """Sort a partition by (user, time, row), quarantine unknown users and duplicates, join a long log's rows, write it.
+
+    -> its events, how many rows were found, and what the join says. Appended rows join the partition's rows of before;
+    a partition that has none is taken as it is.
+    """
     events = shuffle.read_partition(job.work("events"), number)
-    users = users_of(job, number)
     if events is None or not len(events):
-        return {"events": 0, "found": 0}
-    found, rejected = len(events), []
-    files = {u.file_index: u.path for u in job.units["interactions"]}
+        return _as_before(job, number)
+    found, counts, rejected = len(events), dict[str, int](), list[pa.Table]()
+    files = {u.file_index: u.path for u in job.units["interactions"]} | (job.before.files if job.before else {})
+
+    def without(rows: pa.Table, bad: NDArray[np.bool_], why: str) -> pa.Table:
+        if not bad.any():
+            return rows
+        reason: NDArray[np.object_] = np.array([why] * len(rows), dtype=object)
+        rejected.append(quarantine_rows(rows, files, bad, reason, job.data.sensitive_names))
+        return rows.filter(pa.array(~bad))
+
+    users = users_of(job, number)
     if users is not None and job.data.unknown_users == "quarantine":
         known = pc.is_in(events[USER], value_set=users["user_id"].combine_chunks())
-        if not pc.all(known).as_py():
-            strangers = pc.invert(known).to_numpy()
-            rejected.append(
-                quarantine_rows(events, files, strangers, np.full(found, "user_id is not in the users table", dtype=object))
-            )
-            events = events.filter(known)
-    events = _encoded(events)
-    time, row = events[TIME].to_numpy(), events[ROW].to_numpy()
-    user = events[USER].chunk(0).indices.to_numpy()
-    keys = (time, user) if (np.diff(row) > 0).all() else (row, time, user)
-    events = events.take(pa.array(np.lexsort(keys)))
-    double = duplicates(events)
-    if double.any():
-        why = np.full(len(events), "duplicate event", dtype=object)
-        rejected.append(quarantine_rows(events, files, double, why))
-        events = events.filter(pa.array(~double))
+        events = without(events, ~known.to_numpy(), "user_id is not in the users table")
+    before = _before(job, number)
+    if before is not None:
+        events = pa.concat_tables([storage.read_table(before).cast(events.schema), events])
+    events = _sorted(_encoded(events))
+    events = without(events, duplicates(events), "duplicate event")
+    if job.data.long is not None:
+        rows, joined = events, long.join(events, job.data)
+        if job.data.long.unmatched == "quarantine":
+            rows = without(rows, joined.unmatched, f"{job.data.long.type} matches no {job.data.long.impression}")
+        storage.write_table(job.part("rows", number), rows)  # what an append joins anew
+        events, counts = joined.events, joined.counts()
     if rejected:
-        storage.write_table(job.part("quarantine", 1_000_000 + number), pa.concat_tables(rejected))
+        generation = job.before.generation if job.before else 0
+        storage.write_table(job.part("quarantine", 1_000_000 * (generation + 1) + number), pa.concat_tables(rejected))
     if len(events):
         storage.write_table(job.part("events", number), events)
-    return {"events": len(events), "found": found}
+    return {"events": len(events), "found": found, **counts}
+
+
+def _before(job: Job, number: int) -> str | None:
+    """The file of a partition's settled rows before an append."""
+    if job.before is None:
+        return None
+    uri = storage.join(job.before.prefix, "events" if job.data.long is None else "rows", f"part-{number:05d}.parquet")
+    return uri if storage.exists(uri) else None
+
+
+def _as_before(job: Job, number: int) -> dict[str, int]:
+    """A partition that no row was found for."""
+    if _before(job, number) is None:
+        return {"events": 0, "found": 0}
+    assert job.before is not None
+    for kind in ("events", "rows"):
+        uri = storage.join(job.before.prefix, kind, f"part-{number:05d}.parquet")
+        if storage.exists(uri):
+            storage.copy(uri, job.part(kind, number))
+    return job.before.settled[str(number)] | {"found": 0}
+
+
+def _sorted(events: pa.Table) -> pa.Table:
+    """By user, time and row; ids are dictionaries in order."""
+    time, row = events[TIME].to_numpy(), events[ROW].to_numpy()
+    user = events[USER].combine_chunks().indices.to_numpy()
+    keys = (time, user) if (np.diff(row) > 0).all() else (row, time, user)
+    return events.take(pa.array(np.lexsort(keys)))
+
+
+def _without_forgotten(job: Job, table: pa.Table) -> pa.Table:
+    """Rows as they were read without those of forgotten users, good or bad."""
+    if not job.forgotten:
+        return table
+    encoded = sources.id_strings(table[USER]).combine_chunks().dictionary_encode()
+    gone = np.array([*(forgotten_hash(u) in job.forgotten for u in encoded.dictionary.to_pylist()), False])
+    rows = gone[encoded.indices.fill_null(len(gone) - 1).to_numpy()]
+    return table.filter(pa.array(~rows)) if rows.any() else table
 
 
 def _encoded(events: pa.Table) -> pa.Table:

@@ -19,34 +19,46 @@ from numpy.typing import NDArray
 from mtrec_ray import feature_fit, storage
 from mtrec_ray.config import DataConfig, RunConfig
 from mtrec_ray.data import windows
-from mtrec_ray.data.events import ROW, DataError, Job, read_events, users_of
+from mtrec_ray.data.events import ROW, Job, read_events, users_of
 from mtrec_ray.data.ids import distinct_items, sample, sorted_dictionary
+from mtrec_ray.data.lineage import DataError
+from mtrec_ray.data.maturity import mask_immature
 from mtrec_ray.data.validate import ITEM, TIME, USER
 from mtrec_ray.expressions import Expression
 from mtrec_ray.features import FeatureError, FeatureSpec
+from mtrec_ray.long_config import shown_column
 from mtrec_ray.schema import AttributeSpec, LabelStats, LogSchema, bin_names, fit_action
 
 DAY_S = 86_400
 IntArray = NDArray[np.int64]
 
 
-def to_events(config: RunConfig, table: pa.Table) -> windows.Events:
-    """A sorted events table -> arrays."""
+def to_events(config: RunConfig, table: pa.Table, log_end: int = 0) -> windows.Events:
+    """A sorted events table -> arrays. log_end: time of the log's newest row (ms), by which labels mature.
+
+    Whether an event is history, and what the history says of it, goes by the labels as the history shows them; targets,
+    positives of the retrieval among them, go by those that are mature.
+    """
     data = config.data
     encoded = table[USER].combine_chunks()
     users, user = sorted_dictionary(encoded)
-    labels64 = {n: table[n].to_numpy() for n in data.labels}
-    history = Expression(data.history_expression)(labels64)
-    positive = Expression(config.positive_expression)(labels64)
+    time = table[TIME].to_numpy()
+    known = {n: table[n].to_numpy() for n in data.labels}
+    shown64 = known if data.long is None else {n: table[shown_column(n)].to_numpy() for n in data.labels}
+    labels64 = mask_immature(known, time, data, log_end)
+    history = Expression(data.history_expression)(shown64)
+    positive, shown_positive = (Expression(config.positive_expression)(v) for v in (labels64, shown64))
     return windows.Events(
         user_ids=users,
         user=user,
-        time=table[TIME].to_numpy(),
+        time=time,
         row=table[ROW].to_numpy(),
         item_ids=table[ITEM].combine_chunks(),
         is_history=np.nan_to_num(history) != 0,
         is_positive=np.nan_to_num(positive) != 0,
         labels={n: v.astype(np.float32) for n, v in labels64.items()},
+        shown={n: v.astype(np.float32) for n, v in shown64.items() if v is not labels64[n]},
+        shown_positive=np.nan_to_num(shown_positive) != 0,
         context={n: table[n].combine_chunks() for n in data.context},
     )
 
@@ -145,7 +157,7 @@ class Fitted:
 def fit_partition(jobs: tuple[Job, tuple[int, int]], number: int) -> Fitted:
     """Sums over a partition's training events; its distinct items with their counts go to a file."""
     job, cuts = jobs
-    events = to_events(job.config, read_events(job, number))
+    events = to_events(job.config, read_events(job, number), job.log_end)
     train = split_events(job.data, events, cuts) == windows.TRAIN
     shown = train & events.is_history
     item_ids, codes = sorted_dictionary(events.item_ids)
@@ -207,7 +219,7 @@ def merge(data: DataConfig, parts: list[Fitted]) -> Fitted:
     )
 
 
-def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: int) -> LogSchema:
+def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: int, pseudonym_key: str | None = None) -> LogSchema:
     """Sums -> the fitted transforms. Raises DataError when a task has no training label."""
     data = config.data
     labels = {}
@@ -232,6 +244,8 @@ def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: i
         context=_fit_features(data, fitted),
         session_gap_minutes=data.session_gap_minutes,
         attributes=tuple(attributes),
+        sensitive=tuple(sorted(data.sensitive_names)),
+        pseudonym_key=pseudonym_key,
         n_items=n_items,
         n_train_items=n_train_items,
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,15 +25,19 @@ import pyarrow.parquet as pq
 
 from mtrec_ray import runtime, storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.data import build, fit, ids, sources
+from mtrec_ray.data import build, fit, ids, lineage, sources
 from mtrec_ray.data import events as stage
 from mtrec_ray.data.catalogue import item_columns, user_columns
-from mtrec_ray.data.events import DataError, Job
+from mtrec_ray.data.events import Job
+from mtrec_ray.data.lineage import DataError
+from mtrec_ray.data.maturity import maturity_hours
 from mtrec_ray.data.validate import list_columns, needed_columns
+from mtrec_ray.privacy import Pseudonyms
+from mtrec_ray.schema import LogSchema
 
 log = logging.getLogger(__name__)
 
-__all__ = ["DataError", "data_fingerprint", "prepare"]
+__all__ = ["DataError", "prepare"]
 
 _EVENTS_PER_PARTITION = 1_000_000
 _BYTES_PER_EVENT = 40
@@ -45,38 +50,42 @@ _SECONDS_LIKE_MS = (300_000_000, 5_000_000_000)
 R = TypeVar("R")
 
 
-def data_fingerprint(config: RunConfig) -> str:
-    """Fingerprint of everything that prepared data depend on: the config's data part and the files' content."""
-    data = config.data
-    tables = [t for t in (data.interactions, data.items, data.users) if t is not None]
-    return storage.fingerprint(
-        {
-            "schema_version": storage.SCHEMA_VERSION,
-            "data": data.model_dump(mode="json"),
-            "positive": config.positive_expression,
-            "files": [storage.file_fingerprint(t.path) for t in tables],
-        }
-    )
-
-
-def prepare(config: RunConfig, root: str) -> storage.Directory:
+def prepare(config: RunConfig, root: str, append: bool = False) -> storage.Directory:
     """Prepare the log of a config into `root`; what is already there for the same inputs is reused.
 
-    Raises SourceError, DataError: nothing is published then.
+    append: files of the log that are not part of the published data yet join them. The result is that of preparing
+    everything at once, but training items keep the numbers that they had.
+    Raises SourceError, DataError, PseudonymKeyError: nothing is published then.
     """
     directory = storage.Directory(root)
+    published = directory.manifest if storage.exists(storage.join(directory.root, "manifest.json")) else None
     units = _units(config)
-    inputs = data_fingerprint(config)
-    if directory.is_published(inputs):
+    parts = lineage.covered(config, directory.root, published)
+    covers = lineage.covers(parts)
+    if published is not None and published["covers"] == covers:
         log.info("prepare: reused %s", directory.root)
         return directory
-    job = Job(config, directory.begin(inputs), _partitions(config, units["interactions"]), units)
-    rows, cuts = _run(job)
+    before, all_units = None, len(units["interactions"])
+    if append and published is not None:
+        before, units["interactions"] = lineage.appended(parts, published, directory.prefix, units["interactions"])
+        all_units = int(published["units"]) + len(units["interactions"])
+        log.info("prepare: %d new piece(s) of the log join %d", len(units["interactions"]), published["units"])
+    inputs = covers if published is None or before is None else storage.fingerprint([covers, published["inputs"]])
+    pseudonyms = None if config.data.pseudonyms is None else Pseudonyms.load(config.data.pseudonyms)
+    partitions = _partitions(config, units["interactions"]) if published is None or before is None else published["partitions"]
+    job = Job(
+        config, directory.begin(inputs), partitions, units, pseudonyms=pseudonyms, forgotten=lineage.forgotten(directory.root),
+        before=before,
+    )  # fmt: skip
+    facts = _run(job)
     storage.delete(job.work())
+    ancestors = [] if published is None or before is None else [*published["ancestors"], published["inputs"]]
+    order = [*(before.files.values() if before else ()), *dict.fromkeys(u.path for u in units["interactions"])]
     directory.publish(
-        inputs, kind="data", partitions=job.partitions, rows=rows, cuts=list(cuts), test_sha256=_test_hash(job.prefix, rows)
-    )
-    log.info("prepare: %s", rows)
+        inputs, kind="data", covers=covers, covered=parts, partitions=partitions, order=order, units=all_units, ancestors=ancestors,
+        generation=before.generation if before else 0, test_sha256=_test_hash(job.prefix, facts["rows"]), **facts,
+    )  # fmt: skip
+    log.info("prepare: %s", facts["rows"])
     return directory
 
 
@@ -84,9 +93,9 @@ def _units(config: RunConfig) -> dict[str, list[sources.Unit]]:
     data = config.data
     units = {"interactions": sources.list_units(data.interactions, needed_columns(data), "interactions", list_columns(data))}
     if data.items is not None:
-        units["items"] = sources.list_units(data.items, item_columns(data), "items")
+        units["items"] = sources.list_units(data.items, item_columns(data), "items", set(item_columns(data)))
     if data.users is not None:
-        units["users"] = sources.list_units(data.users, user_columns(data), "users")
+        units["users"] = sources.list_units(data.users, user_columns(data), "users", set(user_columns(data)))
     return units
 
 
@@ -101,12 +110,15 @@ def _partitions(config: RunConfig, units: list[sources.Unit]) -> int:
     return max(2, needed if needed < 4 else -(-needed // 4) * 4)
 
 
-def _run(job: Job) -> tuple[dict[str, Any], tuple[int, int]]:
-    """All passes -> (row counts, time cuts)."""
+def _run(job: Job) -> dict[str, Any]:
+    """All passes -> what the manifest says about the data."""
     samples = _read_tables(job)
     job = job.having(known_items=samples.pop("hashes"))
-    rows = _read_events(job)
-    parts = rows.pop("parts")
+    rows, settled = _read_events(job)
+    parts = [n for n, s in enumerate(settled) if s["events"]]
+    touched = [n for n, s in enumerate(settled) if s["found"]]
+    log_end = rows.pop("log_end")
+    job = job.having(log_end=log_end)
     cuts = _time_cuts(job, parts) if job.data.protocol == "time" else (0, 0)
 
     fitted = _in_order(fit.fit_partition, (job, cuts), range(job.partitions), "prepare: counts, partitions")
@@ -119,9 +131,15 @@ def _run(job: Job) -> tuple[dict[str, Any], tuple[int, int]]:
     since = together.last_shown - int(job.data.recent_days * 86_400_000)
     plan = build.Plan(job, bounds, cuts, since, parts=parts)
     numbered = _in_order(build.number_items, plan, range(len(bounds) + 1), "prepare: item ids, ranges")
-    numbers = ids.Numbers.of(0, np.array([n for n, _ in numbered]), np.array([r for _, r in numbered]))
-    schema = fit.fit_schema(job.config, together, numbers.items, numbers.train)
-    plan = build.Plan(job, bounds, cuts, since, numbers, schema, parts)
+    new, rest, hashes = (np.array(column) for column in zip(*numbered, strict=True))
+    numbers = ids.Numbers.of(job.before.n_train_items if job.before else 0, new, rest)
+    key_fingerprint = None if job.pseudonyms is None else job.pseudonyms.fingerprint
+    schema = fit.fit_schema(job.config, together, numbers.items, numbers.train, key_fingerprint)
+    rest_hash = sum(int(h) for h in hashes) % 2**64
+    plan = replace(plan, numbers=numbers, schema=schema)
+    if _only_touched_differ(job, schema, cuts, rest_hash):
+        plan = replace(plan, touched=frozenset(touched))
+    log.info("prepare: windows of %d of %d partitions are made", len(parts if plan.touched is None else touched), len(parts))
 
     counted = _in_order(build.build_windows, plan, parts, "prepare: windows, partitions")
     rows |= {key: sum(c[key] for c in counted) for key in counted[0]}
@@ -130,7 +148,29 @@ def _run(job: Job) -> tuple[dict[str, Any], tuple[int, int]]:
     _in_order(build.build_range, plan, range(len(bounds) + 1), "prepare: catalogue, ranges")
     _in_order(build.assemble_catalogue, plan, [0], "prepare: catalogue, files")
     storage.write_bytes(storage.join(job.prefix, "schema.json"), schema.model_dump_json(indent=1).encode())
-    return rows, cuts
+    return {
+        "rows": rows,
+        "cuts": list(cuts),
+        "log_end": log_end,
+        "settled": {str(n): {k: v for k, v in s.items() if k != "found"} for n, s in enumerate(settled) if s["events"]},
+        "parts": {str(n): c for n, c in zip(parts, counted, strict=True)},
+        "rest_hash": str(rest_hash),
+        "pseudonym_key": key_fingerprint,
+        "n_train_items": numbers.train,
+        "windows_made": len(parts if plan.touched is None else touched),
+    }
+
+
+def _only_touched_differ(job: Job, schema: LogSchema, cuts: tuple[int, int], rest_hash: int) -> bool:
+    """Whether partitions without new rows have the windows that they had: the same split, numbers, transforms, and no
+    label that has matured since."""
+    before = job.before
+    if before is None or (maturity_hours(job.data) and before.log_end != job.log_end):
+        return False
+    old = LogSchema.model_validate_json(storage.read_bytes(storage.join(before.prefix, "schema.json")))
+    # statistics of labels and actions are not part of any window
+    fitted = schema.model_copy(update={"labels": old.labels, "actions": old.actions})
+    return old == fitted and before.cuts == cuts and before.rest_hash == rest_hash
 
 
 def _in_order(task: Callable[[Any, int], R], shared: Any, items: Sequence[int], what: str) -> list[R]:
@@ -149,18 +189,27 @@ def _read_tables(job: Job) -> dict[str, Any]:
     return {"hashes": hashes, "samples": [out["sample"] for out in kept], "items": sum(out["rows"] for out in kept)}
 
 
-def _read_events(job: Job) -> dict[str, Any]:
-    """Pass 1 -> row counts, and the partitions that have events."""
+def _read_events(job: Job) -> tuple[dict[str, Any], list[dict[str, int]]]:
+    """Pass 1 -> row counts and the time of the log's newest row; what was settled in each partition."""
     units = job.units["interactions"]
     log.info("prepare: %d pieces of the log into %d partitions", len(units), job.partitions)
     read = _in_order(stage.read_events_unit, job, range(len(units)), "prepare: log, pieces")
     _check_unit_of_time(job, [r for r in read if r["good"]])
     settled = _in_order(stage.settle_partition, job, range(job.partitions), "prepare: events, partitions")
     storage.delete(job.work("events"))
+    if job.before is not None:
+        for path in storage.list_files(storage.join(job.before.prefix, "quarantine"), ".parquet"):
+            name = path.rsplit("/", 1)[1]
+            storage.copy(storage.join(job.before.prefix, "quarantine", name), storage.join(job.prefix, "quarantine", name))
     good, found = sum(s["events"] for s in settled), sum(s["found"] for s in settled)
     assert found == sum(r["good"] for r in read), (found, read)
     quarantined, reasons, first = _quarantine(job)
-    read_rows = good + quarantined
+    forgotten = (job.before.forgotten if job.before else 0) + sum(r["forgotten"] for r in read)
+    counted: Counter[str] = Counter()  # what a long log's join says; no key where the log is wide
+    for s in settled:
+        counted.update({key: n for key, n in s.items() if key not in ("events", "found")})
+    read_rows = good + quarantined + counted["matched"] + forgotten
+    assert read_rows == (job.before.read if job.before else 0) + sum(r["read"] for r in read), (read_rows, job.before, read)
     if not read_rows:
         raise DataError(f"interactions: {job.data.interactions.path} has no rows")
     share = quarantined / read_rows
@@ -171,13 +220,16 @@ def _read_events(job: Job) -> dict[str, Any]:
             f"{job.data.max_bad_share:.1%}; nothing was published. Reasons: {worst}. First: {first}. "
             f"All of them: {storage.join(job.prefix, 'quarantine')}"
         )
-    return {
+    rows = {
         "read": read_rows,
         "events": good,
         "quarantined": quarantined,
         "reasons": dict(sorted(reasons.items())),
-        "parts": [n for n, s in enumerate(settled) if s["events"]],
+        "forgotten": forgotten,
+        **counted,
+        "log_end": max([r["latest"] for r in read if r["good"]] + ([job.before.log_end] if job.before else []), default=0),
     }
+    return rows, settled
 
 
 def _check_unit_of_time(job: Job, read: list[dict[str, Any]]) -> None:

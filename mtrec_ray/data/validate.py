@@ -10,33 +10,53 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mtrec_ray.config import DataConfig
+from mtrec_ray.config import DataConfig, LabelConfig
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.data.sources import ROW, id_strings, list_strings
 from mtrec_ray.expressions import Expression
 from mtrec_ray.feature_config import FeatureConfig
 from mtrec_ray.features import MAX_VALUES, NUMBER, TEXT, TEXTS, clean_lists
+from mtrec_ray.long_config import shown_column
+from mtrec_ray.privacy import withhold
 
 ROW_BITS = 40
 """A row's number is (index of its file) · 2^40 + (its place in the file)."""
 USER, ITEM, TIME = "user_id", "item_id", "timestamp"
+TYPE, VALUE, REQUEST = "long:type", "long:value", "long:request"
+"""Columns of a long log's rows, under names that no label can have."""
 _TO_MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 _DAY_MS = 86_400_000
 _LATEST_MS = 7_258_118_400_000  # the year 2200: a later time is a wrong unit
 
-_FEATURE_TYPES = {"categorical": TEXT, "multihot": TEXTS}
+QUARANTINE = pa.schema(
+    [(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), (USER, pa.string()), ("raw", pa.string())]
+)
 
-QUARANTINE = pa.schema([(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
+_FEATURE_TYPES = {"categorical": TEXT, "multihot": TEXTS}
 
 
 def needed_columns(data: DataConfig) -> list[str]:
     """Columns of the log that the configuration reads."""
     plain = [n for n, label in data.labels.items() if label.expression is None]
+    if data.long is not None:
+        return list(dict.fromkeys([USER, ITEM, TIME, *data.long.columns, *data.context]))
     return [USER, ITEM, TIME, *plain, *data.context]
 
 
+def row_schema(data: DataConfig) -> pa.Schema:
+    """Arrow schema of validated rows: of a wide log, those of its events; of a long log, those that long.py joins."""
+    if data.long is None:
+        return event_schema(data)
+    own = [(TYPE, pa.string()), (VALUE, pa.float64()), (REQUEST, pa.string())]
+    ids = [(USER, pa.string()), (ITEM, pa.string()), (TIME, pa.int64()), (ROW, pa.int64())]
+    features = [(n, _FEATURE_TYPES.get(feature.kind, NUMBER)) for n, feature in data.context.items()]
+    return pa.schema([*ids, *own, *features])
+
+
 def event_schema(data: DataConfig) -> pa.Schema:
-    """Arrow schema of validated events: ids, int64 milliseconds, row, float64 labels, features (text, texts or numbers)."""
+    """Arrow schema of events: ids, int64 milliseconds, row, float64 labels, features (text, texts or
+    numbers); of a long log, the labels as the history shows them too."""
+    shown = [] if data.long is None else [(shown_column(n), pa.float64()) for n in data.labels]
     return pa.schema(
         [
             (USER, pa.string()),
@@ -44,9 +64,14 @@ def event_schema(data: DataConfig) -> pa.Schema:
             (TIME, pa.int64()),
             (ROW, pa.int64()),
             *[(n, pa.float64()) for n in data.labels],
+            *shown,
             *[(n, _FEATURE_TYPES.get(feature.kind, NUMBER)) for n, feature in data.context.items()],
         ]
     )
+
+
+_Mark = Callable[[NDArray[np.bool_], str], None]
+"""Where rows are bad, and why."""
 
 
 def list_columns(data: DataConfig) -> set[str]:
@@ -97,15 +122,15 @@ def validate(
     if now_ms is not None:
         mark(time > now_ms + _DAY_MS, "timestamp is in the future")
     labels: dict[str, NDArray[np.float64]] = {}
-    for name, label in data.labels.items():
-        if label.expression is not None:
-            continue
-        values, present = _checked_numbers(table, name, label.min, label.max, mark)
-        if label.kind == "binary":
-            mark(present & (values != 0) & (values != 1), f"{name} is not 0 or 1")
-        if label.values is not None:
-            mark(present & ~np.isin(values, label.values), f"{name} is not one of its values")
-        labels[name] = values
+    long: dict[str, pa.Array | pa.ChunkedArray] = {}
+    if data.long is not None:
+        long = _long_columns(table, data, mark)
+    else:
+        for name, label in data.labels.items():
+            if label.expression is None:
+                values, present = _numbers(table[name]), _present(table[name])
+                _check_label(name, label, values, present, mark)
+                labels[name] = values
     features = {name: _feature(table, name, feature, mark) for name, feature in data.context.items()}
     if known_items is not None and data.unknown_items == "quarantine":
         hashed = hash_ids(items)
@@ -114,40 +139,76 @@ def validate(
         mark(~known, "item_id is not in the items table")
 
     bad = reasons.bad
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {USER: users, ITEM: items, ROW: table[ROW]}
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {USER: users, ITEM: items, ROW: table[ROW], **long}
     columns |= features
     if not bad.any():
         rejected = QUARANTINE.empty_table()
     else:
-        rejected = quarantine_rows(table, file, bad, reasons.text())
+        rejected = quarantine_rows(table, file, bad, reasons.text(), data.sensitive_names)
         good = np.flatnonzero(~bad)
         columns = {name: values.take(pa.array(good)) for name, values in columns.items()}
         time = time[good]
         labels = {name: values[good] for name, values in labels.items()}
     columns[TIME] = pa.array(time.astype(np.int64))
-    columns |= {name: pa.array(values) for name, values in derive(labels, data, len(time)).items()}
-    schema = event_schema(data)
+    if data.long is None:
+        columns |= {name: pa.array(values) for name, values in derive(labels, data, len(time)).items()}
+    schema = row_schema(data)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema), rejected
 
 
-def _checked_numbers(
-    table: pa.Table, name: str, low: float | None, high: float | None, mark: Callable[[NDArray[np.bool_], str], None]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """A column as float64, and where it has a value."""
-    values, present = _numbers(table[name]), ~_empty(table[name])
-    if pa.types.is_floating(table[name].type):
-        present &= ~np.isnan(table[name].to_numpy())
+def quarantine_broken(file: str, broken: list[tuple[int, str]], data: DataConfig, secret: bool) -> pa.Table:
+    """Rows that are not even a row, in the quarantine's form. secret: their text may not be kept."""
+    rows, texts = zip(*broken, strict=True)
+    n, why = len(rows), "not a JSON object" if data.interactions.format == "jsonl" else "wrong number of columns"
+    columns = [pa.array(rows, pa.int64()), [file] * n, [why] * n, [None] * n, ["(withheld)"] * n if secret else list(texts)]
+    return pa.table(columns, schema=QUARANTINE)
+
+
+def _check_label(name: str, label: LabelConfig, values: NDArray[np.float64], present: NDArray[np.bool_], mark: _Mark) -> None:
+    """Mark the values of a label that cannot be, where it is present."""
     mark(present & ~np.isfinite(values), f"{name} is not a number")
+    if label.kind == "binary":
+        mark(present & (values != 0) & (values != 1), f"{name} is not 0 or 1")
+    _check_limits(name, label.min, label.max, values, present, mark)
+    if label.values is not None:
+        mark(present & ~np.isin(values, label.values), f"{name} is not one of its values")
+
+
+def _check_limits(
+    name: str, low: float | None, high: float | None, values: NDArray[np.float64], present: NDArray[np.bool_], mark: _Mark
+) -> None:
     if low is not None:
         mark(present & (values < low), f"{name} is below {low:g}")
     if high is not None:
         mark(present & (values > high), f"{name} is above {high:g}")
-    return values, present
 
 
-def _feature(
-    table: pa.Table, name: str, feature: FeatureConfig, mark: Callable[[NDArray[np.bool_], str], None]
-) -> pa.Array | pa.ChunkedArray:
+def _long_columns(table: pa.Table, data: DataConfig, mark: _Mark) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """Type, value and request of a long log's rows; a value counts only where the type gives a numeric label."""
+    long = data.long
+    assert long is not None
+    kind = id_strings(table[long.type])
+    mark(kind.is_null().to_numpy(), f"{long.type} is missing")
+    mark(~pc.is_in(kind, value_set=pa.array(long.types, pa.string())).to_numpy(), f"{long.type} is not one of {list(long.types)}")
+    nothing = pa.nulls(len(table), pa.string())
+    values, present = np.full(len(table), np.nan), np.zeros(len(table), bool)
+    if long.value is not None:
+        values, present = _numbers(table[long.value]), _present(table[long.value])
+    binary = {long.labels[n] for n, label in data.labels.items() if n in long.labels and label.kind == "binary"}
+    reads = np.zeros(len(table), bool)
+    for name, type_ in long.labels.items():
+        label = data.labels[name]
+        if label.kind == "numeric":
+            given = pc.equal(kind, type_).fill_null(False).to_numpy()
+            if type_ not in binary:  # such a row says nothing else
+                mark(given & ~present, f"{name} is missing")
+            _check_label(name, label, values, given & present, mark)
+            reads |= given
+    request = nothing if long.request is None else id_strings(table[long.request])
+    return {TYPE: kind, VALUE: pa.array(np.where(reads & present, values, np.nan)), REQUEST: request}
+
+
+def _feature(table: pa.Table, name: str, feature: FeatureConfig, mark: _Mark) -> pa.Array | pa.ChunkedArray:
     """A feature's column in the form of the clean log; a missing number is null."""
     if feature.kind == "categorical":
         return id_strings(table[name])
@@ -157,7 +218,9 @@ def _feature(
         lists = clean_lists(lists, feature.separator)
         mark(np.diff(lists.offsets.to_numpy()) > MAX_VALUES, f"{name} has more than {MAX_VALUES} values")
         return lists
-    values, present = _checked_numbers(table, name, feature.min, feature.max, mark)
+    values, present = _numbers(table[name]), _present(table[name])
+    mark(present & ~np.isfinite(values), f"{name} is not a number")
+    _check_limits(name, feature.min, feature.max, values, present, mark)
     return pa.array(values, mask=~present)
 
 
@@ -173,7 +236,11 @@ def derive(plain: Mapping[str, NDArray[np.float64]], data: DataConfig, n: int) -
 
 
 def quarantine_rows(
-    table: pa.Table, file: str | Mapping[int, str], bad: NDArray[np.bool_], reason: NDArray[np.object_]
+    table: pa.Table,
+    file: str | Mapping[int, str],
+    bad: NDArray[np.bool_],
+    reason: NDArray[np.object_],
+    sensitive: frozenset[str] = frozenset(),
 ) -> pa.Table:
     """The bad rows of a table in the quarantine's form. file: its name, or the name of each index that rows carry."""
     where = np.flatnonzero(bad)
@@ -186,7 +253,8 @@ def quarantine_rows(
             ROW: rows,
             "file": pa.array(files, pa.string()),
             "reason": pa.array([reason[i] for i in where], pa.string()),
-            "raw": pa.array([repr(r) for r in raw], pa.string()),
+            USER: pa.nulls(len(where), pa.string()) if USER in sensitive else id_strings(table[USER].take(where)),
+            "raw": pa.array([repr(withhold(r, sensitive)) for r in raw], pa.string()),
         },
         schema=QUARANTINE,
     )
@@ -227,6 +295,14 @@ def _milliseconds(column: pa.ChunkedArray, unit: str) -> NDArray[np.float64]:
                 values.is_null().to_numpy(zero_copy_only=False), np.floor(_numbers(column) * _TO_MS[unit]), milliseconds
             )
     return np.floor(_numbers(column) * _TO_MS[unit])
+
+
+def _present(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Where there is a value, a number or not."""
+    present = ~_empty(column)
+    if pa.types.is_floating(column.type):
+        present &= ~np.isnan(column.to_numpy())
+    return present
 
 
 def _empty(column: pa.ChunkedArray) -> NDArray[np.bool_]:

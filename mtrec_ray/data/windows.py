@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -40,8 +40,13 @@ class Events:
     is_history: BoolArray
     is_positive: BoolArray
     labels: dict[str, NDArray[np.float32]]
+    """As targets learn them."""
     context: dict[str, pa.Array]
     """Features as in the clean log."""
+    shown: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """As the history shows them, where it does not show `labels`."""
+    shown_positive: BoolArray | None = None
+    """The same of `is_positive`."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -311,6 +316,8 @@ def windows_table(
         return list_array(offsets, column.take(pa.array(index)) if isinstance(column, pa.Array) else pa.array(column[index]))
 
     (h, h_offsets), (seen, s_offsets) = layout.history(), layout.seen()
+    shown = events.labels | events.shown
+    shown_positive = events.is_positive if events.shown_positive is None else events.shown_positive
     t, t_offsets = layout.target_event, layout.target_offsets
     columns: dict[str, pa.Array] = {
         "user_id": strings(events.user_ids.take(pa.array(layout.user))),
@@ -320,7 +327,7 @@ def windows_table(
         "history_item": ragged(h_offsets, item[h]),
         "history_time": ragged(h_offsets, events.time[h]),
         "history_row": ragged(h_offsets, events.row[h]),
-        "history_positive": ragged(h_offsets, events.is_positive[h].astype(np.int8)),
+        "history_positive": ragged(h_offsets, shown_positive[h].astype(np.int8)),
         "target_item": ragged(t_offsets, item[t]),
         "target_time": ragged(t_offsets, events.time[t]),
         "target_row": ragged(t_offsets, events.row[t]),
@@ -329,7 +336,7 @@ def windows_table(
         "target_positive": ragged(t_offsets, events.is_positive[t].astype(np.int8)),
         "seen_item": ragged(s_offsets, item[seen]),
     }
-    columns |= {f"history_action_{n}": ragged(h_offsets, events.labels[n][h]) for n in actions}
+    columns |= {f"history_action_{n}": ragged(h_offsets, shown[n][h]) for n in actions}
     columns |= {f"label_{n}": ragged(t_offsets, v[t]) for n, v in events.labels.items()}
     columns |= {n: taken(h_offsets, v, h) for n, v in history.items()}
     columns |= {n: taken(t_offsets, v, t) for n, v in targets.items()}
@@ -341,6 +348,7 @@ def store_table(layout: Layout, events: Events, actions: list[str], features: li
     """The Parquet form of the history store: the log's own ids and features; `seen_*` are the events before the history."""
 
     (h, h_offsets), (s, s_offsets) = layout.history(), layout.seen()
+    shown = events.labels | events.shown
     columns: dict[str, pa.Array] = {
         "user_id": strings(events.user_ids.take(pa.array(layout.user))),
         "history_item_id": list_array(h_offsets, strings(events.item_ids.take(pa.array(h)))),
@@ -349,7 +357,7 @@ def store_table(layout: Layout, events: Events, actions: list[str], features: li
         "seen_time": list_array(s_offsets, pa.array(events.time[s])),
     }
     for name in actions:
-        columns[f"history_action_{name}"] = list_array(h_offsets, pa.array(events.labels[name][h]))
+        columns[f"history_action_{name}"] = list_array(h_offsets, pa.array(shown[name][h]))
     for name in features:
         columns[f"history_context_{name}"] = list_array(h_offsets, strings(events.context[name].take(pa.array(h))))
     return pa.table(columns)

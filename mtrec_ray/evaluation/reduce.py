@@ -71,7 +71,7 @@ def slices_of(predictor: Predictor, facts: Facts, known_users: set[str]) -> dict
     for decile in range(1, 11):
         by_item(f"popularity_decile={decile}", decile_N == decile)
     for spec in predictor.schema.attributes:
-        if len(spec.classes) > MAX_CLASSES:
+        if len(spec.classes) > MAX_CLASSES or spec.name in predictor.schema.sensitive:
             continue
         for code, value in enumerate(spec.classes):
             by_moment(f"{spec.name}={value}", facts.attributes[spec.name] == code)

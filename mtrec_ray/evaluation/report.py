@@ -226,7 +226,7 @@ class _Page:
         tables = {}
         for name, task in self.predictor.model.profiles.items():
             counts = self.curves.get(f"model|{name}|confusion")
-            if counts is not None:
+            if counts is not None and task.attribute not in self.predictor.schema.sensitive:
                 tables[name] = (counts, task.classes)
         return f.confusion(tables) if tables else ""
 
@@ -333,7 +333,7 @@ class _SplitFacts:
     def __init__(self, data: storage.Directory, split: str, predictor: Predictor) -> None:
         self.events, self.days, self.user_ids = 0, dict[int, int](), set[str]()
         self.item_count: NDArray[np.float64] = np.zeros(predictor.schema.n_items)
-        names = list(predictor.schema.labels)
+        names = [n for n in predictor.schema.labels if n not in predictor.schema.sensitive]
         sums: dict[str, NDArray[np.float64]] = {n: np.zeros(2) for n in names}
         columns = ["user_id", "target_item", "target_time", *[f"label_{n}" for n in names]]
         for part in storage.list_files(data.path("windows", split), ".parquet"):

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.predictor import Candidates, History, IntArray, UnknownItemError
+from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.serving import api
 from mtrec_ray.serving.history import HistoryStore
 
@@ -166,6 +167,8 @@ class Ingress(_Stage):
     ) -> None:
         super().__init__(bundle_uri)
         self.store = HistoryStore(data_uri)
+        settings, key = self.predictor.config.data.pseudonyms, self.predictor.schema.pseudonym_key
+        self.pseudonyms = None if settings is None else Pseudonyms.load(settings, key)
         self.encoder, self.retrieval, self.heads = encoder, retrieval, heads
 
     @http.post("/recommend", response_model=api.RecommendAnswer)
@@ -222,7 +225,8 @@ class Ingress(_Stage):
         if request.history is not None:
             history, version = api.inline_history(request.history, self.predictor.schema), "inline"
         else:
-            history, version = self.store.get(request.user_id) or History(), self.store.version
+            known_as = request.user_id if self.pseudonyms is None else self.pseudonyms.one(request.user_id)
+            history, version = self.store.get(known_as) or History(), self.store.version
         at = request.at if request.at is not None else api.now_ms()
         stamp = Stamp(self.predictor.fingerprint, version)
         return await self.encoder.encode.remote(stamp, history.before(at))  # type: ignore[no-any-return]

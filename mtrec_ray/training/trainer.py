@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 STOPPED = "stopped.json"
 """Beside the checkpoints: why the run stopped for good, so that a restart by Ray Train stops at once too."""
 
+BLOCK_BYTES = 8 << 20
+"""Of Ray Data's blocks, which ranks get as a whole: small, so that no rank waits long for another one's last block."""
+
 
 def _worker(settings: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
@@ -87,6 +90,8 @@ class _WholeSplit(DataConfig):
             dataset = dataset.copy(dataset)
             dataset.context.execution_options = self._resolve_execution_options(name)
             dataset.context.execution_options.preserve_order = True
+            dataset.context.target_max_block_size = BLOCK_BYTES
+            dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
             for shard, split in zip(
                 shards, dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids), strict=True
             ):

@@ -33,6 +33,12 @@ def load_schema(data_prefix: str) -> LogSchema:
     return LogSchema.model_validate_json(storage.read_bytes(storage.join(data_prefix, "schema.json")))
 
 
+def window_cache(data_prefix: str) -> Path:
+    """Where this machine keeps the memory-mapped training windows of prepared data."""
+    train_uri = storage.join(data_prefix, "windows", "train")
+    return Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / storage.sha256(train_uri)[:16]
+
+
 def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | None) -> Recommender:
     """The model with weights that depend on the seed alone."""
     torch.manual_seed(config.seed)
@@ -53,6 +59,7 @@ def _fingerprint(config: RunConfig, data: storage.Directory, text: storage.Direc
     folds = {"profile_folds_test", "profile_fold_valid"}  # all of `evaluation` that training looks at
     parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train"})
     parts["train"] = {k: v for k, v in parts["train"].items() if k not in left_out}
+    parts["order"] = list(config.tasks)  # draws and the optimiser's parameters go by it
     parts["evaluation"] = config.evaluation.model_dump(mode="json", include=folds)
     return storage.fingerprint({
         "config": parts,
@@ -119,8 +126,8 @@ def run_worker(
     if config.train.feed == "stream":
         feed = build_stream(config, schema, train_uri, tables or file_tables(train_uri, config.seed, rank, world), rank, world)
     else:
-        folder = Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / storage.sha256(train_uri)[:16]
-        feed = build_feed(config, schema, WindowCache.open(WindowCache.build(train_uri, folder)), rank, world)
+        folder = WindowCache.build(train_uri, window_cache(data_prefix))
+        feed = build_feed(config, schema, WindowCache.open(folder), rank, world)
     valid = WindowCache.from_table(storage.read_table(storage.join(data_prefix, "windows", "valid")))
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)

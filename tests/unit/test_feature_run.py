@@ -15,7 +15,7 @@ import torch
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import ConfigError
-from mtrec_ray.data.events import DataError
+from mtrec_ray.data.lineage import DataError
 from mtrec_ray.evaluation.measure import Model, Moments
 from mtrec_ray.features import CategoricalSpec, MultihotSpec, NumericalSpec
 from mtrec_ray.models.recommender import Recommender

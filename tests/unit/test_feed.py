@@ -23,6 +23,7 @@ from mtrec_ray.features import CategoricalSpec
 from mtrec_ray.models.batch import GAP_BUCKETS, Batch, collate_history, gap_bucket
 from mtrec_ray.schema import ActionSpec, AttributeSpec, LabelStats, LogSchema
 from mtrec_ray.training.feed import CachedFeed, PairSampler, WindowCache, collate
+from mtrec_ray.training.stream import StreamFeed
 
 HOUR = 3_600_000
 LENGTH = 6
@@ -410,6 +411,53 @@ def test_pairs_change_with_the_epoch_and_the_seed(cache: WindowCache) -> None:
 
     assert all_pairs(0, 0) == all_pairs(0, 0)
     assert all_pairs(0, 0) != all_pairs(0, 1) and all_pairs(0, 0) != all_pairs(1, 0)
+
+
+# --------------------------------------------------------------------------- the stream
+
+
+def stream_of(tables: list[pa.Table], **changes: Any) -> StreamFeed:
+    settings: dict[str, Any] = {
+        "batch_windows": 8, "accumulate": 1, "seed": 3, "rank": 0, "world": 1, "masked_folds": (), "pairs": None, "buffer": 16,
+    }  # fmt: skip
+    windows = sum(map(len, tables))
+    return StreamFeed(lambda _: iter(tables), windows, tables[0].schema.empty_table(), SCHEMA, **(settings | changes))
+
+
+def marked_tables(rows: list[int]) -> list[pa.Table]:
+    """Tables of so many windows, whose attribute `taste` is the window's number over all of them."""
+    whole = pa.concat_tables([parts()[2]] * 20).slice(0, sum(rows))
+    place = whole.column_names.index("profile_taste")
+    whole = whole.set_column(place, "profile_taste", pa.array(np.arange(len(whole)), pa.int32()))
+    return [whole.slice(start, n) for start, n in zip(np.cumsum([0, *rows[:-1]]).tolist(), rows, strict=True)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.integers(0, 30), min_size=1, max_size=6), buffer=st.integers(1, 60), batch=st.integers(1, 20))
+def test_a_stream_gives_every_window_of_any_tables_once_in_whole_batches(rows: list[int], buffer: int, batch: int) -> None:
+    feed = stream_of(marked_tables(rows), buffer=buffer, batch_windows=batch, accumulate=2)
+    sizes = [len(windows_in(step)) for step in feed.epoch(0)]
+    found = [w for step in feed.epoch(0) for w in windows_in(step)]
+    assert sorted(found) == list(range(sum(rows)))
+    assert all(size == batch for size in sizes[:-1]) and all(0 < size <= batch for size in sizes[-1:])
+
+
+def test_a_stream_is_shuffled_within_its_buffer_by_seed_and_epoch() -> None:
+    tables = marked_tables([10, 10, 10, 10])
+
+    def order(epoch: int, **changes: Any) -> list[list[int]]:
+        return [windows_in(step) for step in stream_of(tables, **changes).epoch(epoch)]
+
+    assert order(0) == order(0) and order(0) != order(1) and order(0) != order(0, seed=4)
+    assert sorted(w for step in order(0, buffer=20, batch_windows=10)[:2] for w in step) == list(range(20))
+
+
+def test_the_steps_of_a_stream_count_on_and_its_rows_can_be_named() -> None:
+    feed = stream_of(marked_tables([20]))
+    steps = [step[0].step for step in feed.epoch(2, 0, 100)]
+    assert steps == [100, 101, 102] and feed.steps_per_epoch == 3
+    assert [len(feed.rows(2, step, False)) for step in range(4)] == [8, 8, 4, 0]
+    assert feed.rows(2, 2, True)[0].startswith("user 'f")
 
 
 # --------------------------------------------------------------------------- the tensors of a batch

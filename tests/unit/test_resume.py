@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from mtrec_ray import storage
-from mtrec_ray.config import RunConfig
-from mtrec_ray.training import checkpoint, feed, loop, worker
-from mtrec_ray.training.checkpoint import Checkpoints
+from mtrec_ray.config import ConfigError, RunConfig
+from mtrec_ray.training import checkpoint, feed, loop, stream, worker
+from mtrec_ray.training.checkpoint import CheckpointError, Checkpoints
+from mtrec_ray.training.guard import TrainingStopped
 from mtrec_ray.training.worker import run_worker
 from tests import tiny
 from tests.conftest import TinyRun
@@ -50,8 +53,8 @@ def die() -> None:
 def plant(kill: tuple[Any, ...] | None) -> None:
     """Arrange the death of this process.
 
-    kill: ("step", epoch, step) after that update; ("writing", n) in the middle of the n-th checkpoint's file;
-    ("written", n) when it is there but the older ones are not yet deleted; ("evaluating", n).
+    kill: ("step", epoch, step) after that update; ("update", n) after the n-th one; ("writing", n) in the middle of the
+    n-th checkpoint's file; ("written", n) when it is there but the older ones are not yet deleted; ("evaluating", n).
     """
     if kill is None:
         return
@@ -69,6 +72,8 @@ def plant(kill: tuple[Any, ...] | None) -> None:
         found = original_step(*args, **kw)
         step = args[3][0].step
         if what == "step" and step == where[0] * kill_steps() + where[1]:
+            die()
+        if nth("update"):
             die()
         return found
 
@@ -104,29 +109,58 @@ def kill_steps() -> int:
 
 def note_windows(path: Path, rank: int, attempt: int) -> None:
     """Write down which windows each rank trains in which step."""
-    original = loop.train_step
-    indices: list[list[int]] = []
-    original_collate = feed.collate
+    original_step, original_collate = loop.train_step, feed.collate
+    waiting: list[list[str]] = []
 
     def collate(cache: Any, index: Any, *args: Any, **kw: Any) -> Any:
         batch = original_collate(cache, index, *args, **kw)
-        batch.marked = np.asarray(index).tolist()
+        batch.names = [f"{cache.user_ids[i]}/{cache.columns['window'][i]}" for i in index.tolist()]
         return batch
+
+    def noting(original: Any) -> Any:
+        def epoch(self: Any, *args: Any) -> Any:
+            for micro in original(self, *args):
+                waiting.append([n for b in micro for n in b.names])
+                yield micro
+
+        return epoch
 
     def train_step(losses: Any, model: Any, optimizer: Any, micro: Any, *args: Any) -> Any:
         with open(path / f"windows-{rank}.jsonl", "a", encoding="utf-8") as file:
-            found = [w for batch in indices.pop(0) for w in batch]
-            file.write(json.dumps({"attempt": attempt, "step": micro[0].step, "windows": found}) + "\n")
-        return original(losses, model, optimizer, micro, *args)
+            file.write(json.dumps({"attempt": attempt, "step": micro[0].step, "windows": waiting.pop(0)}) + "\n")
+        return original_step(losses, model, optimizer, micro, *args)
 
-    run_epoch = feed.CachedFeed.epoch
+    feed.collate = stream.collate = collate  # type: ignore[assignment]
+    loop.train_step = train_step
+    for kind in (feed.CachedFeed, stream.StreamFeed):
+        kind.epoch = noting(kind.epoch)  # type: ignore[method-assign]
 
-    def epoch(self: Any, *args: Any) -> Any:
-        for micro in run_epoch(self, *args):
-            indices.append([b.marked for b in micro])  # type: ignore[attr-defined]
-            yield micro
 
-    feed.collate, loop.train_step, feed.CachedFeed.epoch = collate, train_step, epoch  # type: ignore[assignment, method-assign]
+def names_of(prefix: str) -> list[str]:
+    cache = windows_of(prefix)
+    return sorted(f"{user}/{number}" for user, number in zip(cache.user_ids.to_pylist(), cache.columns["window"], strict=True))
+
+
+def trained_windows(out: Path) -> dict[int, list[str]]:
+    """Global step -> the windows that it trained when it was done last: what is in the weights."""
+    trained: dict[int, dict[int, list[str]]] = {}
+    for path in out.glob("windows-*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            trained.setdefault(line["step"], {}).setdefault(line["attempt"], []).extend(line["windows"])
+    return {step: attempts[max(attempts)] for step, attempts in trained.items()}
+
+
+def poison(window: int) -> None:
+    """An infinite rating in a window of the training data."""
+    original = feed.WindowCache.open
+
+    def opened(folder: Any) -> feed.WindowCache:
+        cache = original(folder)
+        labels = np.array(cache.columns["label_rating"])
+        labels[cache.offsets["target"][window]] = np.inf
+        return feed.WindowCache({**cache.columns, "label_rating": labels}, cache.offsets, cache.user_ids)
+
+    feed.WindowCache.open = opened  # type: ignore[method-assign, assignment]
 
 
 def _process(rank: int, world: int, port: int, config: str, prefix: str, out: str, kill: Any, steps: int, attempt: int) -> None:
@@ -137,7 +171,10 @@ def _process(rank: int, world: int, port: int, config: str, prefix: str, out: st
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         dist.init_process_group("gloo", rank=rank, world_size=world)
     note_windows(Path(out), rank, attempt)
-    plant(kill if rank == world - 1 or (kill and kill[0] in ("writing", "written")) else None)
+    if kill and kill[0] == "poison":
+        poison(kill[1])
+    elif rank == world - 1 or (kill and kill[0] in ("writing", "written")):
+        plant(kill)
 
     def report(epoch: int, scalars: dict[str, float]) -> None:
         if rank == 0:
@@ -145,7 +182,11 @@ def _process(rank: int, world: int, port: int, config: str, prefix: str, out: st
             with open(Path(out) / "reports.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(kept) + "\n")
 
-    run_worker(RunConfig.model_validate_json(config), prefix, None, report, Checkpoints(Path(out) / "checkpoints"))
+    try:
+        run_worker(RunConfig.model_validate_json(config), prefix, None, report, Checkpoints(Path(out) / "checkpoints"))
+    except TrainingStopped as error:
+        (Path(out) / f"stopped-{rank}.txt").write_text(str(error))
+        return
     if world > 1:
         dist.destroy_process_group()
 
@@ -250,21 +291,236 @@ def test_with_another_number_of_workers_every_window_of_every_epoch_is_trained_o
     assert attempt(1, config, prefix, tmp_path / "whole")
     for number, (world, kill) in enumerate([(2, ("step", 0, 3)), (1, ("step", 1, 4)), (3, ("step", 2, 1)), (2, None)]):
         assert attempt(world, config, prefix, tmp_path / "elastic", kill, steps, number) == (kill is None)
-    trained: dict[int, dict[int, list[int]]] = {}
-    for path in (tmp_path / "elastic").glob("windows-*.jsonl"):
-        for line in map(json.loads, path.read_text().splitlines()):
-            trained.setdefault(line["step"], {}).setdefault(line["attempt"], []).extend(line["windows"])
-    assert len({max(attempts) for attempts in trained.values()}) == 4  # each of the four trained something that counts
+    trained = trained_windows(tmp_path / "elastic")
     for epoch in range(3):
-        last = [trained[s][max(trained[s])] for s in range(epoch * steps, (epoch + 1) * steps)]
-        assert sorted(w for windows in last for w in windows) == list(range(n))
-    found, whole = final(tmp_path / "elastic"), final(tmp_path / "whole")
-    assert found["progress"]["rows_trained"] == found["progress"]["rows_read"] == 3 * n
-    assert found["progress"]["events"] == whole["progress"]["events"]
+        found = [w for step in range(epoch * steps, (epoch + 1) * steps) for w in trained[step]]
+        assert sorted(found) == names_of(prefix)
+    last, whole = final(tmp_path / "elastic"), final(tmp_path / "whole")
+    assert last["progress"]["rows_trained"] == last["progress"]["rows_read"] == 3 * n
+    assert last["progress"]["events"] == whole["progress"]["events"]
     for name, value in whole["losses"].items():
-        torch.testing.assert_close(found["losses"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, k=name: f"{k}: {m}")
+        torch.testing.assert_close(last["losses"][name], value, rtol=1e-3, atol=2e-5, msg=lambda m, k=name: f"{k}: {m}")
     for epoch, line in reports(tmp_path / "whole").items():
         again = reports(tmp_path / "elastic")[epoch]
         assert again["train/windows"] == n and again["train/retrieval/loss"] == pytest.approx(
             line["train/retrieval/loss"], rel=1e-4
         )
+
+
+def test_workers_are_a_number_or_a_range(tiny_folder: Path) -> None:
+    def workers(value: Any) -> tuple[int, int]:
+        train = tiny.make_config(tiny_folder, lambda raw: raw["train"].update(workers=value)).train
+        return train.min_workers, train.max_workers
+
+    assert [workers(v) for v in (0, 3, [1, 2], [2, 2])] == [(0, 0), (3, 3), (1, 2), (2, 2)]
+    for wrong in (True, -1, 1.5, [0, 2], [2, 1], [1], [1, 2, 3], "two", None):
+        with pytest.raises(ConfigError, match=r"train\.workers: Input should be a number of workers such as 2, or \[min, max\]"):
+            workers(wrong)
+
+
+@pytest.mark.parametrize("change", [lambda raw: None, everything])
+def test_no_draw_depends_on_the_generators_state(tiny_run: TinyRun, change: Callable[[dict[str, Any]], None]) -> None:
+    config = tiny.make_config(tiny_run.folder, lambda raw: (change(raw), raw["train"].update(epochs=1)))  # type: ignore[func-returns-value]
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(run_worker(config, tiny_run.data.prefix, None, lambda *_: torch.rand(3)).best_state)  # type: ignore[arg-type, return-value]
+    same(states[0], states[1])
+
+
+# --------------------------------------------------------------------------- the stream feed
+
+
+def streaming(raw: dict[str, Any]) -> None:
+    everything(raw)
+    raw["train"] |= {"feed": "stream", "stream_buffer": 30}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_stream_trains_every_window_once_whatever_the_ranks_get(tiny_run: TinyRun, tmp_path: Path, world: int) -> None:
+    """Three files: with two ranks one has twice as much, with four one has nothing at all."""
+    config, prefix = tiny.make_config(tiny_run.folder, streaming), tiny_run.data.prefix
+    n = len(windows_of(prefix))
+    assert attempt(world, config, prefix, tmp_path / "run")
+    progress = final(tmp_path / "run")["progress"]
+    assert progress["rows_read"] == progress["rows_trained"] == 3 * n
+    trained = [w for windows in trained_windows(tmp_path / "run").values() for w in windows]
+    assert Counter(trained) == Counter({name: 3 for name in names_of(prefix)})
+    assert all(line["train/windows"] == n and line["train/windows_dropped"] == 0 for line in reports(tmp_path / "run").values())
+
+
+@pytest.mark.slow
+def test_a_killed_stream_goes_on_at_the_start_of_the_epoch(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """The same files in the same order: then even the weights are those of the uninterrupted run."""
+    config, prefix = tiny.make_config(tiny_run.folder, streaming), tiny_run.data.prefix
+    assert attempt(2, config, prefix, tmp_path / "whole")
+    steps = int(reports(tmp_path / "whole")[0]["train/steps"])
+    assert not attempt(2, config, prefix, tmp_path / "killed", ("update", steps + 3))
+    assert final(tmp_path / "killed")["progress"]["epoch"] == 1 and final(tmp_path / "killed")["progress"]["step"] == 0
+    assert attempt(2, config, prefix, tmp_path / "killed", number=1)
+    same(final(tmp_path / "killed"), final(tmp_path / "whole"))
+
+
+# --------------------------------------------------------------------------- what stops a run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_infinite_loss_stops_at_its_step_on_every_rank_and_keeps_the_last_good_checkpoint(
+    tiny_run: TinyRun, tmp_path: Path, world: int
+) -> None:
+    config, prefix = tiny.make_config(tiny_run.folder, everything), tiny_run.data.prefix
+    cache, steps = windows_of(prefix), steps_of(config, prefix)
+    order = np.random.default_rng((config.seed, 0)).permutation(len(cache))
+    bad_step = EVERY + 1  # the checkpoint of its end would be the second one
+    window = int(order[bad_step * config.train.batch_windows])
+    for number in range(2):  # going on meets it again
+        assert attempt(world, config, prefix, tmp_path / "run", ("poison", window), steps, number)
+        for rank in range(world):
+            message = (tmp_path / "run" / f"stopped-{rank}.txt").read_text()
+            (tmp_path / "run" / f"stopped-{rank}.txt").unlink()
+            assert message.startswith(f"epoch 0, step {bad_step}: the loss of ['rating'] is not finite")
+            user, first = cache.user_ids[window].as_py(), cache.columns["target_row"][cache.offsets["target"][window]]
+            assert f"user '{user}' window {cache.columns['window'][window]} (targets from log row {first})" in message
+            assert message.count("window ") == config.train.batch_windows
+            assert f"00000-{EVERY:09d}-" in message
+    kept = final(tmp_path / "run")
+    assert kept["progress"]["step"] == EVERY
+    assert all(bool(torch.isfinite(v).all()) for v in kept["losses"].values())
+
+
+def stopped(config: RunConfig, prefix: str, out: Path) -> str:
+    with pytest.raises(TrainingStopped) as caught:
+        run_worker(config, prefix, None, lambda *_: None, Checkpoints(out))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("feed_name", ["cached", "stream"])
+def test_memory_that_does_not_suffice_stops_with_the_batch_and_what_to_lower(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, feed_name: str
+) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        everything(raw)
+        raw["train"]["feed"] = feed_name
+
+    original = loop.train_step
+
+    def greedy(*args: Any) -> Any:
+        if args[3][0].step == 3:
+            torch.empty(2**55)  # a real refusal of the allocator
+        return original(*args)
+
+    monkeypatch.setattr(loop, "train_step", greedy)
+    message = stopped(tiny.make_config(tiny_run.folder, change), tiny_run.data.prefix, tmp_path)
+    assert message.startswith("epoch 0, step 3: out of memory (")
+    assert "Raise train.accumulate, or lower train.batch_windows" in message and message.count("targets from log row") == 8
+
+
+def test_an_update_that_breaks_the_weights_is_never_kept(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.train_step
+
+    def breaks(losses: Any, model: Any, *args: Any) -> Any:
+        found = original(losses, model, *args)
+        if args[1][0].step == 2 * EVERY - 1:
+            next(model.parameters()).data[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(loop, "train_step", breaks)
+    message = stopped(tiny.make_config(tiny_run.folder, everything), tiny_run.data.prefix, tmp_path)
+    assert message.startswith(f"epoch 0, step {2 * EVERY - 1}: the losses are finite, but the update left weights that are not")
+    found = Checkpoints(tmp_path).load()
+    assert found is not None and found["progress"]["step"] == EVERY
+
+
+def test_windows_that_go_missing_stop_the_run(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = stream.file_tables
+
+    def loses_one(*args: Any) -> stream.Tables:
+        return lambda epoch: (t.slice(1) if i == 1 else t for i, t in enumerate(original(*args)(epoch)))
+
+    monkeypatch.setattr(worker, "file_tables", loses_one)
+    n = len(windows_of(tiny_run.data.prefix))
+    message = stopped(tiny.make_config(tiny_run.folder, streaming), tiny_run.data.prefix, tmp_path)
+    assert f"epoch 0: the feed has {n} windows, but {n - 1} were trained" in message
+
+
+# --------------------------------------------------------------------------- the files
+
+
+def state(epoch: int, step: int = 0) -> dict[str, Any]:
+    return {"progress": {"epoch": epoch, "step": step}, "weights": torch.arange(1000.0) + epoch}
+
+
+def test_a_damaged_checkpoint_costs_some_steps_and_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = Checkpoints(tmp_path)
+    names = [kept.save(state(epoch)) for epoch in range(4)]
+    assert kept.names() == names[:1:-1]  # the last two, the newest first
+    damaged = bytearray((tmp_path / names[3]).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / names[3]).write_bytes(damaged)
+    with caplog.at_level(logging.WARNING):
+        found = Checkpoints(tmp_path).load()
+    assert found is not None and found["progress"]["epoch"] == 2
+    assert names[3] in caplog.text and "damaged" in caplog.text
+    kept.save(state(2, 5))
+    assert [n[:15] for n in kept.names()] == ["00002-000000005", "00002-000000000"]  # the damaged one is out of the count
+
+
+@pytest.mark.parametrize("left", [0, 10])
+def test_when_every_checkpoint_is_torn_the_error_names_them_and_the_cure(tmp_path: Path, left: int) -> None:
+    kept = Checkpoints(tmp_path)
+    for name in [kept.save(state(0)), kept.save(state(1))]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:left])
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged.*00001-000000000.*delete the folder to start anew"):
+        kept.load()
+
+
+def test_an_empty_or_missing_folder_is_a_start_anew(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path).load() is None and Checkpoints(tmp_path / "missing").load() is None
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, "one").save(state(0))
+    assert Checkpoints(tmp_path, "one").load() is not None
+    with pytest.raises(CheckpointError, match="another configuration or other data"):
+        Checkpoints(tmp_path, "two").load()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Checkpoints(tmp_path)
+    name = kept.save(state(0))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=rf"cannot be written \(.*No space left.*goes on from .*{name}"):
+        kept.save(state(1))
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_checkpoints_live_on_any_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an object store: an upload appears as a whole, one that broke off is noticed by its digest."""
+    kept = Checkpoints(tmp_path / "far", "id")
+    kept._local = False
+    names = [kept.save(state(epoch)) for epoch in range(3)]
+    assert kept.names() == names[:0:-1]
+    (tmp_path / "far" / names[2]).write_bytes(b"")
+    found = kept.load()
+    assert found is not None and found["progress"]["epoch"] == 1 and torch.equal(found["weights"], state(1)["weights"])
+
+
+def test_a_run_may_go_on_with_another_number_of_workers_but_not_with_another_config(tiny_run: TinyRun) -> None:
+    one = tiny.make_config(tiny_run.folder, everything)
+    other = tiny.make_config(tiny_run.folder, lambda raw: (everything(raw), raw["train"].update(learning_rate=0.5)))  # type: ignore[func-returns-value]
+    fewer = tiny.make_config(tiny_run.folder, lambda raw: (everything(raw), raw["train"].update(workers=1, checkpoint_every=9)))  # type: ignore[func-returns-value]
+    assert worker.run_identity(one, tiny_run.data, None) == worker.run_identity(fewer, tiny_run.data, None)
+    assert worker.run_identity(one, tiny_run.data, None) != worker.run_identity(other, tiny_run.data, None)
+    turned = tiny.make_config(
+        tiny_run.folder, lambda raw: (everything(raw), raw.update(tasks=dict(reversed(raw["tasks"].items()))))
+    )  # type: ignore[func-returns-value]
+    assert worker.run_identity(one, tiny_run.data, None) != worker.run_identity(turned, tiny_run.data, None)
+    assert worker.training_fingerprint(one, tiny_run.data, None) != worker.training_fingerprint(fewer, tiny_run.data, None)

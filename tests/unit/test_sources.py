@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrec_ray.config import TableConfig
-from mtrec_ray.data.sources import ROW, SourceError, Unit, id_strings, list_units, read_all, read_unit
+from mtrec_ray.data.sources import ROW, SourceError, Unit, id_strings, list_units, read_unit
+from tests.tiny import read_all
 
 Broken = list[tuple[int, str]]
 FILE = 1 << 40  # the row numbers of the second file start here

@@ -38,7 +38,7 @@ def predictor_of(trained: int = N) -> Any:
     count[trained:] = 0
     vectors = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
     attributes = (AttributeSpec(name="taste", classes=("odd", "even")), AttributeSpec(name="size", classes=("s", "m", "l")))
-    schema = SimpleNamespace(n_items=N, n_train_items=trained, attributes=attributes)
+    schema = SimpleNamespace(n_items=N, n_train_items=trained, attributes=attributes, sensitive=())
     return SimpleNamespace(
         config=SimpleNamespace(tasks=TASKS), schema=schema, retrieval_name="retrieval", popularity_N=count / count.sum(),
         trained_events=int(count.sum()), item_vec_ND=vectors,

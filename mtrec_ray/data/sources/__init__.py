@@ -7,6 +7,6 @@ survives any order of reading.
 
 from mtrec_ray.data.sources.base import ROW, SourceError, Unit
 from mtrec_ray.data.sources.columns import id_strings, list_strings
-from mtrec_ray.data.sources.units import list_units, read_all, read_unit
+from mtrec_ray.data.sources.units import list_units, read_strings, read_unit
 
-__all__ = ["ROW", "SourceError", "Unit", "id_strings", "list_strings", "list_units", "read_all", "read_unit"]
+__all__ = ["ROW", "SourceError", "Unit", "id_strings", "list_strings", "list_units", "read_strings", "read_unit"]

@@ -44,10 +44,9 @@ def describe(table: TableConfig, file: File) -> Description:
     columns: dict[str, pa.DataType | None] = {}
     for line in whole:
         for name, value in _flat(_object(line) or {}):
-            if value is not None:
+            known = columns.setdefault(name, None)
+            if value is not None and (known is None or pa.types.is_nested(known)):  # one plain value makes a plain column
                 columns[name] = _kind(value)
-            else:
-                columns.setdefault(name, None)
     return Description(columns, [(None, None)], complete=False)
 
 
@@ -129,9 +128,12 @@ def _fast(text: bytes, columns: list[str], rows: int, lists: Set[str]) -> pa.Tab
         if len(parsed) != rows:
             return None
         parsed.validate(full=True)
-        block = pa.table({name: _pick(parsed, name) for name in columns}) if columns else parsed
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
         return None
+    block = pa.table({name: _pick(parsed, name) for name in columns}) if columns else parsed
+    for column in block.columns:
+        if pa.types.is_floating(column.type) and pc.any(pc.greater_equal(pc.abs(column), 2.0**53)).as_py():
+            return None  # a whole number among fractions may have lost digits
     return block
 
 

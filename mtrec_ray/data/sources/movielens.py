@@ -1,4 +1,4 @@
-"""The files of MovieLens 100K, 1M, 10M, 20M, 25M and 32M as GroupLens packs them (https://grouplens.org/datasets/movielens/).
+"""The files of MovieLens 100K, 1M, 20M, 25M, 32M and latest as GroupLens packs them (https://grouplens.org/datasets/movielens/).
 
 ratings: user_id, item_id, rating, timestamp. Movies: item_id, title, year, genres. Users: user_id, gender, age,
 occupation, zip. A year is taken out of the title; genres are joined with ', '.

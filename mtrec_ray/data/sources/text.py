@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
+from numpy.typing import NDArray
 
 from mtrec_ray.config import TableConfig
 from mtrec_ray.data.sources.base import COMPRESSED, Block, Broken, Description, File, SourceError, Unit, doubled
-from mtrec_ray.data.sources.columns import decode
 
 _BLOCK = 8 << 20
 _HEAD = 1 << 16
 _LONGEST_HEADER = 4 << 20
+_MARK = "\ufdd0"  # no character: Unicode leaves it to programs
 _UNIT_SEPARATOR = "\x1f"
 
 
@@ -113,29 +117,53 @@ class _Replace:
         return text[: len(text) - len(self.kept)]
 
 
-class _Quotes:
-    """Count quotes as text passes by, and keep its end."""
+class _Watch:
+    """Watches text pass by: bytes that are not UTF-8 become MARK, quotes are counted, the end is kept."""
 
     def __init__(self) -> None:
-        self.count, self.end = 0, b""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self.marked, self.quotes, self.end = False, 0, b""
 
     def __call__(self, piece: bytes) -> bytes:
-        text = bytes(piece)
-        self.count += text.count(b'"')
+        characters = self.decoder.decode(bytes(piece), final=not piece)
+        try:
+            text = characters.encode()
+        except UnicodeEncodeError:
+            self.marked = True
+            text = re.sub("[\udc80-\udcff]", _MARK, characters).encode()
+        self.quotes += text.count(b'"')
         self.end = (self.end + text)[-_HEAD:] if len(text) < _HEAD else text[-_HEAD:]
         return text
 
-    def left_open(self, delimiter: str, width: int, wanted: Sequence[int], last: Sequence[bytes | None]) -> bool:
-        """Whether a quote was opened and never closed, so that the last row holds what should be rows.
+    def end_with(self, delimiter: str, width: int, wanted: Sequence[int], last: Sequence[str | None]) -> bool:
+        """Whether the last line by itself is the last row. Where it is not, and the number of quotes is odd, a quote
+        was opened and never closed. (The number alone tells nothing: quotes inside a value are let through.)"""
+        line = self.end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1].decode(errors="replace").rstrip("\r")
+        values = next(csv.reader([line], delimiter=delimiter), [])
+        return len(values) == width and all((last[i] or "") == values[w] for i, w in enumerate(wanted))
 
-        The number of quotes is odd then; but since quotes inside a value are let through, this is
-        certain only when the last line by itself is not the last row.
-        """
-        if self.count % 2 == 0:
-            return False
-        line = self.end.rstrip(b"\r\n").rsplit(b"\n", 1)[-1].decode(errors="surrogateescape").rstrip("\r")
-        values = [v.encode(errors="surrogateescape") for v in next(csv.reader([line], delimiter=delimiter), [])]
-        return len(values) != width or any((last[i] or b"") != values[w] for i, w in enumerate(wanted))
+
+def _unmarked(block: pa.Table, numbers: NDArray[np.int64], broken: Broken) -> tuple[pa.Table, NDArray[np.int64]]:
+    """The rows without a byte that is not UTF-8; the others go to `broken`."""
+    bad = np.zeros(len(block), dtype=bool)
+    for column in block.columns:
+        bad |= pc.match_substring(column, _MARK).fill_null(False).to_numpy()
+    for index in np.flatnonzero(bad):
+        broken.append((int(numbers[index]), ",".join(_legible(c[int(index)].as_py() or "") for c in block.columns)))
+    return block.filter(pa.array(~bad)), numbers[~bad]
+
+
+def _legible(text: str) -> str:
+    return text.replace(_MARK, "\ufffd")
+
+
+def _batches(reader: pacsv.CSVStreamingReader, file: File) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from reader
+    except pa.ArrowInvalid as error:
+        if "straddl" not in str(error):
+            raise
+        raise SourceError(f"{file.path}: a row is longer than {_BLOCK >> 20} MiB, or a quote is opened and never closed") from None
 
 
 def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[str], base: int) -> Iterator[Block]:
@@ -148,14 +176,13 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
     skip = 1 if layout.header else 0
 
     def not_a_row(row: pacsv.InvalidRow) -> str:
-        broken.append((-1 if row.number is None else base + row.number - 1 - skip, row.text or ""))
+        broken.append((-1 if row.number is None else base + row.number - 1 - skip, _legible(row.text or "")))
         return "skip"
 
     places = [str(i) for i in range(len(names))]  # whatever the header calls them, and if twice
     wanted = {n: places[list(names).index(n)] for n in columns}
-    quotes = _Quotes()
-    stream = _open(layout, file)
-    with pa.TransformInputStream(stream, quotes) if layout.quoted else stream as source:
+    watch = _Watch()
+    with pa.TransformInputStream(_open(layout, file), watch) as source:
         reader = pacsv.open_csv(
             source,
             read_options=pacsv.ReadOptions(use_threads=False, block_size=_BLOCK, column_names=places, skip_rows=skip),
@@ -166,7 +193,7 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
                 invalid_row_handler=not_a_row,
             ),
             convert_options=pacsv.ConvertOptions(
-                column_types={place: pa.binary() for place in wanted.values()},
+                column_types={place: pa.string() for place in wanted.values()},
                 include_columns=sorted(set(wanted.values())) or places[:1],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
@@ -175,8 +202,9 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
         )
         position = base
         last: pa.Table | None = None
+        over = False  # whether the last row is none and goes over lines
         skipped: list[int] = []  # numbers of the rows that are none, which no good row may take
-        for batch in reader:
+        for batch in _batches(reader, file):
             block = pa.table({n: pa.chunked_array([batch[place]]) for n, place in wanted.items()})
             skipped = sorted(n for n in {*skipped, *(number for number, _ in broken)} if n >= position)
             numbers = np.arange(position, position + len(batch) + len(skipped), dtype=np.int64)
@@ -186,14 +214,18 @@ def read_text(layout: Layout, file: File, names: Sequence[str], columns: list[st
             last = block.slice(len(block) - 1) if len(block) else last
             found = broken.copy()
             broken.clear()
-            if wanted:
-                block, numbers = decode(block, numbers, found)
+            over = bool(found) and found[-1][0] >= position and "\n" in found[-1][1].strip()
+            if watch.marked and wanted:
+                block, numbers = _unmarked(block, numbers, found)
             yield block, numbers, found
         if broken:
+            over = "\n" in broken[-1][1].strip()
             yield pa.table({n: pa.array([], pa.string()) for n in columns}), np.zeros(0, np.int64), broken.copy()
-    if layout.quoted and last is not None and not broken:
-        values = [last[n][0].as_py() for n in wanted]
-        if quotes.left_open(layout.delimiter, len(names), [int(p) for p in wanted.values()], values):
+    if layout.quoted and (over or last is not None):
+        values = [last[n][0].as_py() for n in wanted] if last is not None else []
+        if watch.quotes % 2 and (
+            over or not watch.end_with(layout.delimiter, len(names), [int(p) for p in wanted.values()], values)
+        ):
             raise SourceError(
-                f"{file.path}: a quote is opened and never closed; row {position - base - 1} holds every line from there to the end"
+                f"{file.path}: a quote is opened and never closed; the last row holds every line from there to the end"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from csv import Error as CsvError
@@ -35,7 +36,7 @@ def list_units(table: TableConfig, needed: list[str], what: str, lists: Set[str]
     try:
         filesystem, root, infos = _files(table, what)
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{what}: {table.path} cannot be listed: {error}") from None
+        raise SourceError(f"{what}: {_shown(table.path)} cannot be listed: {error}") from None
 
     def describe(info: pafs.FileInfo) -> tuple[Description, dict[str, str | None]]:
         try:
@@ -63,19 +64,24 @@ def _files(table: TableConfig, what: str) -> tuple[pafs.FileSystem, str, list[pa
     filesystem, path = resolve(table.path)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
-        raise SourceError(f"{what}: {table.path} does not exist")
+        raise SourceError(f"{what}: {_shown(table.path)} does not exist")
     if info.is_file:
         return filesystem, path, [info]
     if table.format == "movielens":
-        raise SourceError(f"{what}: {table.path} is a directory; name one of its files: {', '.join(movielens.suffixes())}")
+        raise SourceError(f"{what}: {_shown(table.path)} is a directory; name one of its files: {', '.join(movielens.suffixes())}")
     suffixes = ("",) if table.format == "recbole" else _FORMATS[table.format].suffixes()
     infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
     found = [i for i in infos if i.is_file and i.path.endswith(suffixes) and not _hidden(i.path.removeprefix(path))]
     if not found:
         raise SourceError(
-            f"{what}: {table.path} holds no {table.format} files ({', '.join(s for s in suffixes if s) or 'any name'})"
+            f"{what}: {_shown(table.path)} holds no {table.format} files ({', '.join(s for s in suffixes if s) or 'any name'})"
         )
     return filesystem, path, sorted(found, key=lambda i: i.path)
+
+
+def _shown(path: str) -> str:
+    """A path as messages show it: without keys and settings that a URI may hold."""
+    return re.sub("://[^/@]*@", "://", path).partition("?")[0] if "://" in path else path
 
 
 def _hidden(relative: str) -> bool:
@@ -175,15 +181,16 @@ def _check_unchanged(filesystem: pafs.FileSystem, unit: Unit) -> None:
         )
 
 
-def read_all(table: TableConfig, needed: list[str], what: str) -> pa.Table:
-    """A whole small table (items, users) with `needed` columns as strings; lists are joined with ', '."""
+def read_strings(table: TableConfig, unit: Unit, needed: list[str], what: str) -> pa.Table:
+    """A whole unit of a small table (items, users) with `needed` columns as strings; lists are joined with ', '.
+
+    Raises SourceError for a broken row, which such a table may not have."""
     pieces = []
-    for unit in list_units(table, needed, what, set(needed)):
-        for block, broken in read_unit(table, unit, needed, set(needed)):
-            if broken:
-                row, line = broken[0]
-                raise SourceError(f"{what}: {unit.path} row {row - unit.base} {_FAULT[table.format]}: {line!r}")
-            pieces.append(pa.table({n: id_strings(block[n]) for n in needed}))
+    for block, broken in read_unit(table, unit, needed, set(needed)):
+        if broken:
+            row, line = broken[0]
+            raise SourceError(f"{what}: {unit.path} row {row - unit.base} {_FAULT[table.format]}: {line!r}")
+        pieces.append(pa.table({n: id_strings(block[n]) for n in needed}))
     if not pieces:
         return pa.table({n: pa.array([], pa.string()) for n in needed})
     return pa.concat_tables(pieces)

@@ -1,0 +1,128 @@
+"""Removing a user from what a run has written. No Ray here: one user is in one partition.
+
+Prepared data are published anew without the user (what does not change is linked), top lists lose the user's rows, and
+a hash of the id is kept so that a later preparation of the same log leaves the user out. Weights cannot forget: the
+bundles that were trained with the user are listed, to be trained again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mtrec_ray import storage
+from mtrec_ray.data import lineage
+from mtrec_ray.data.partition import user_partition
+from mtrec_ray.training.worker import window_cache
+
+_BY_USER = ("events", "rows", "store", "windows/train", "windows/valid", "windows/test")
+
+
+@dataclass
+class Forgotten:
+    """What was removed, and what still knows the user."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Place -> rows removed."""
+    bundles: list[str] = field(default_factory=list)
+    """Bundles that were trained with the user's events."""
+
+
+def forget(run: str, user_ids: Sequence[str], others: Sequence[str] = ()) -> Forgotten:
+    """Remove users, by the ids that the prepared data hold (pseudonyms where those are used).
+
+    run: a run directory; others: further run directories or bundles to look for bundles trained on these data.
+    Raises StorageError when nothing is prepared there.
+    """
+    directory = storage.Directory(storage.join(run, "data"))
+    manifest, prefix = directory.manifest, directory.prefix
+    out = Forgotten()
+    uri = storage.join(directory.root, lineage.FORGOTTEN)
+    known = lineage.forgotten(directory.root) | {lineage.forgotten_hash(u) for u in user_ids}
+    storage.write_json(uri, {"users": sorted(known)})
+    covered = manifest["covered"] | {"forgotten": sorted(known)}
+    out.bundles = trained_with([run, *others], {manifest["inputs"], *manifest["ancestors"]})
+    wanted = pa.array(sorted(set(user_ids)), pa.string())
+    inputs = storage.fingerprint([manifest["inputs"], sorted(known)])
+    target = directory.begin(inputs)
+    numbers = {f"part-{n:05d}.parquet" for n in user_partition(wanted, manifest["partitions"]).tolist()}
+    for name in manifest["files"]:
+        kind, _, file = name.rpartition("/")
+        source = storage.join(prefix, name)
+        if kind == "quarantine" or (kind in _BY_USER and file in numbers):
+            table = storage.read_table(source)
+            kept = table.filter(_others(table, wanted))
+            out.rows[kind] = out.rows.get(kind, 0) + len(table) - len(kept)
+            if len(kept) or kind != "quarantine":
+                storage.write_table(storage.join(target, name), kept)
+        else:
+            storage.copy(source, storage.join(target, name))
+    rows = _counts(manifest["rows"], out.rows)
+    meta = {k: v for k, v in manifest.items() if k not in ("schema_version", "inputs", "prefix", "files")}
+    ancestors = [*manifest["ancestors"], manifest["inputs"]]
+    meta |= {"covered": covered, "covers": lineage.covers(covered), "rows": rows, "ancestors": ancestors}
+    directory.publish(inputs, **meta)
+    shutil.rmtree(window_cache(prefix), ignore_errors=True)
+    _forget_scores(run, wanted, out)
+    return out
+
+
+def _others(table: pa.Table, wanted: pa.Array) -> pa.ChunkedArray:
+    """Rows that are none of the wanted users'; of a row that is not even one, where its text does not name them."""
+    others = pc.invert(pc.fill_null(pc.is_in(table["user_id"].cast(pa.string()), value_set=wanted), False))
+    if "raw" in table.column_names:
+        for user_id in wanted.to_pylist():
+            unnamed = pc.and_(table["user_id"].is_null(), pc.match_substring(table["raw"], user_id))
+            others = pc.and_(others, pc.invert(pc.fill_null(unnamed, False)))
+    return others
+
+
+def _counts(rows: dict[str, Any], removed: dict[str, int]) -> dict[str, Any]:
+    """Row counts of the manifest without what was removed; it stands under `forgotten`."""
+    out = dict(rows)
+    for kind, key in (("events", "events"), ("quarantine", "quarantined"), ("store", "users")):
+        out[key] = rows[key] - removed.get(kind, 0)
+    for split in ("train", "valid", "test"):
+        out[f"{split}_windows"] = rows[f"{split}_windows"] - removed.get(f"windows/{split}", 0)
+    out["forgotten"] = rows["forgotten"] + removed.get("events", 0) + removed.get("quarantine", 0)
+    return out
+
+
+def _forget_scores(run: str, wanted: pa.Array, out: Forgotten) -> None:
+    """Rows of the users leave the top lists, shard by shard; each shard is replaced as a whole."""
+    root = storage.join(run, "scores")
+    if not storage.exists(root):
+        return
+    filesystem, _ = storage.resolve(root)
+    for path in storage.list_files(root, ".parquet"):
+        table = storage.read_table(path if storage.is_local(root) else storage.join(root, path.rsplit("/", 1)[1]))
+        kept = table.filter(_others(table, wanted))
+        if len(kept) < len(table):
+            out.rows["scores"] = out.rows.get("scores", 0) + len(table) - len(kept)
+            name = path.rsplit("/", 1)[1]
+            draft = storage.join(root, f"_forget-{name}")
+            storage.write_table(draft, kept)
+            filesystem.move(storage.resolve(draft)[1], path)
+    manifest = storage.join(root, "_manifest.json")
+    if out.rows.get("scores") and storage.exists(manifest):
+        found = storage.read_json(manifest)
+        found["counts"]["rows"] -= out.rows["scores"]
+        storage.write_json(manifest, found)
+
+
+def trained_with(runs: Sequence[str], inputs: set[str]) -> list[str]:
+    """Published bundles that say they were trained on one of these data: `RUN/bundle (fingerprint)`."""
+    out = []
+    for run in runs:
+        for root in (storage.join(run, "bundle"), run):
+            uri = storage.join(root, "manifest.json")
+            if storage.exists(uri):
+                manifest = storage.read_json(uri)
+                if manifest.get("kind") == "bundle" and manifest.get("data") in inputs:
+                    out.append(f"{root} ({manifest['fingerprint'][:12]})")
+    return out
