@@ -85,8 +85,8 @@ def for_each(
 ) -> Iterator[tuple[int, Result]]:
     """function(shared, item) for every item, as Ray Data tasks -> (place of the item, result), as they are done.
 
-    shared is sent to every worker once; results are small, large ones are written to files by the function. A ValueError
-    of a task is raised here as it is, and the other tasks end.
+    shared is sent to every worker once; results are small, large ones are written to files by the function. A ValueError or
+    StorageError of a task is raised here as it is, and the other tasks end.
     options: of Ray Data's `map`, such as `num_cpus`.
     """
     if not items:
@@ -97,7 +97,10 @@ def for_each(
         work, common, all_items = ray.get(ref)
         try:
             return {"place": row["place"], "out": pickle.dumps(work(common, all_items[int(row["place"])])), "error": b""}
-        except ValueError as error:  # a user's mistake: said once, by the driver, without Ray Data's wrapping
+        except (
+            ValueError,
+            storage.StorageError,
+        ) as error:  # a user's mistake: said once, by the driver, without Ray Data's wrapping
             return {"place": row["place"], "out": b"", "error": pickle.dumps(error)}
 
     rows = [{"place": i} for i in range(len(items))]

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,21 @@ def read_bytes(uri: str | Path) -> bytes:
         raise StorageError(f"{uri}: not found") from None
 
 
+@contextmanager
+def _writing(uri: str | Path) -> Iterator[None]:
+    """An error of writing names what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be written: {error}") from error
+
+
 def write_bytes(uri: str | Path, data: bytes) -> None:
     filesystem, path = resolve(uri)
-    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    with filesystem.open_output_stream(path, compression=None) as stream:
-        stream.write(data)
+    with _writing(uri):
+        filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
 
 
 def read_json(uri: str | Path) -> Any:
@@ -88,22 +99,51 @@ def write_json(uri: str | Path, value: Any) -> None:
 
 def write_table(uri: str | Path, table: pa.Table) -> None:
     filesystem, path = resolve(uri)
-    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    pq.write_table(table, path, filesystem=filesystem, compression="zstd")
+    with _writing(uri):
+        filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        pq.write_table(table, path, filesystem=filesystem, compression="zstd")
 
 
 def write_tables(uri: str | Path, tables: Iterable[pa.Table]) -> None:
     """Tables of one schema, at least one, into one Parquet file; only one of them is in memory."""
     filesystem, path = resolve(uri)
-    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
     writer = None
-    try:
-        for table in tables:
-            writer = writer or pq.ParquetWriter(path, table.schema, filesystem=filesystem, compression="zstd")
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
+    with _writing(uri):
+        filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        try:
+            for table in tables:
+                writer = writer or pq.ParquetWriter(path, table.schema, filesystem=filesystem, compression="zstd")
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def write_batches(uri: str | Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], compression: str | None = None) -> None:
+    """Record batches into one Arrow file, from which any of them can be read alone."""
+    filesystem, path = resolve(uri)
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with _writing(uri):
+        filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with (
+            filesystem.open_output_stream(path, compression=None) as sink,
+            pa.ipc.new_file(sink, schema, options=options) as writer,
+        ):
+            for batch in batches:
+                writer.write_batch(batch)
+
+
+def read_batch(uri: str | Path, number: int) -> pa.RecordBatch:
+    """One record batch of an Arrow file."""
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as source:
+        return pa.ipc.open_file(source).get_batch(number)
+
+
+def one_batch(table: pa.Table) -> pa.RecordBatch:
+    """A table as a single batch, empty or not."""
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
 
 
 def read_table(uri: str | Path, columns: list[str] | None = None) -> pa.Table:

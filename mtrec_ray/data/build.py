@@ -65,12 +65,7 @@ def number_items(plan: Plan, which: int) -> tuple[int, int, int]:
         before = ids.share(table, plan.bounds, which)
     found = ids.number_range(lists, others, before)
     codes = [pa.table([pa.array(found.kind[c]), pa.array(found.rank[c])], schema=_CODES) for c in found.codes]
-    filesystem, path = storage.resolve(job.work("codes", f"range-{which:05d}.arrow"))
-    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    with filesystem.open_output_stream(path) as sink, pa.ipc.new_file(sink, _CODES) as writer:
-        for table in codes:
-            batches = table.combine_chunks().to_batches()
-            writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=_CODES))
+    storage.write_batches(job.work("codes", f"range-{which:05d}.arrow"), _CODES, map(storage.one_batch, codes))
     columns = [found.item_ids, pa.array(found.kind), pa.array(found.rank), pa.array(found.count)]
     storage.write_table(_range(plan, "numbers", which), pa.table(columns, names=["item_id", "kind", "rank", "count"]))
     rest = found.item_ids.filter(pa.array(found.kind == ids.REST))
@@ -90,10 +85,8 @@ def positions_of(plan: Plan, number: int) -> NDArray[np.int32]:
     assert plan.numbers is not None
     place, found = plan.parts.index(number), []
     root = plan.job.work("codes")
-    filesystem, _ = storage.resolve(root)
-    for which, path in enumerate(storage.list_files(root, ".arrow")):
-        with filesystem.open_input_file(path) as source:
-            batch = pa.ipc.open_file(source).get_batch(place)
+    for which in range(len(plan.bounds) + 1):
+        batch = storage.read_batch(storage.join(root, f"range-{which:05d}.arrow"), place)
         found.append(plan.numbers.positions(batch["kind"].to_numpy(), batch["rank"].to_numpy(), which))
     return np.concatenate(found).astype(np.int32)
 

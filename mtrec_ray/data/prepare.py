@@ -77,7 +77,12 @@ def prepare(config: RunConfig, root: str, append: bool = False) -> storage.Direc
         config, directory.begin(inputs), partitions, units, pseudonyms=pseudonyms, forgotten=lineage.forgotten(directory.root),
         before=before,
     )  # fmt: skip
-    facts = _run(job)
+    try:
+        facts = _run(job)
+    except BaseException:
+        for name in ("_work", "events", "rows", "windows", "store", "catalogue.parquet"):  # the quarantine says what was wrong
+            storage.delete(storage.join(job.prefix, name))
+        raise
     storage.delete(job.work())
     ancestors = [] if published is None or before is None else [*published["ancestors"], published["inputs"]]
     order = [*(before.files.values() if before else ()), *dict.fromkeys(u.path for u in units["interactions"])]

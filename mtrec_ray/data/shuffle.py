@@ -15,27 +15,18 @@ from numpy.typing import NDArray
 
 from mtrec_ray import storage
 
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
-
 
 def write_piece(uri: str, table: pa.Table, part: NDArray[np.integer], partitions: int) -> None:
     """Write rows by partition; rows of one partition keep their order. part: partition of each row."""
     order = np.argsort(part.astype(np.int16) if partitions < 2**15 else part, kind="stable")
     bounds = np.searchsorted(part[order], np.arange(partitions + 1))
-    batch = table.take(pa.array(order)).combine_chunks().to_batches()
-    whole = batch[0] if batch else pa.RecordBatch.from_pylist([], schema=table.schema)
-    filesystem, path = storage.resolve(uri)
-    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    with filesystem.open_output_stream(path) as sink, pa.ipc.new_file(sink, table.schema, options=_OPTIONS) as writer:
-        for start, stop in itertools.pairwise(bounds):
-            writer.write_batch(whole.slice(start, stop - start))
+    whole = storage.one_batch(table.take(pa.array(order)))
+    batches = (whole.slice(start, stop - start) for start, stop in itertools.pairwise(bounds))
+    storage.write_batches(uri, table.schema, batches, compression="lz4")
 
 
 def read_partition(root: str, number: int) -> pa.Table | None:
     """A partition's rows of all pieces below a directory, in the order of the pieces' names; None without pieces."""
-    filesystem, _ = storage.resolve(root)
-    batches = []
-    for path in storage.list_files(root, ".arrow"):
-        with filesystem.open_input_file(path) as source:
-            batches.append(pa.ipc.open_file(source).get_batch(number))
+    paths = storage.list_files(root, ".arrow")
+    batches = [storage.read_batch(storage.join(root, path.rsplit("/", 1)[1]), number) for path in paths]
     return pa.Table.from_batches(batches) if batches else None
