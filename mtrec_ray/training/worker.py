@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
+from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.evaluation.evaluate import quick_metrics, quick_statistics
 from mtrec_ray.evaluation.statistics import Statistics
@@ -131,6 +132,7 @@ def run_worker(
     valid = WindowCache.from_table(storage.read_table(storage.join(data_prefix, "windows", "valid")))
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
+    model.item_tower.residual.name_items(hash_ids(catalogue["item_id"].slice(0, schema.n_train_items)))
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
     return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, checkpoints, device)
 

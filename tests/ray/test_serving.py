@@ -136,3 +136,30 @@ def test_stages_of_different_bundles_refuse_and_are_not_healthy(ray_cluster: Any
     assert refused.status_code == 503 and "different bundles" in refused.text and refused.headers["retry-after"] == "1"
     # what the other stages alone can answer is answered
     assert httpx.post(f"{url}/similar", json={"item_id": "i3", "k": 2}, timeout=30).status_code == 200
+
+
+def test_the_ingress_hashes_ids_as_preparation_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers keep sending the log's ids; with another key the service does not start."""
+    from ray import serve
+
+    from mtrec_ray.privacy import PseudonymKeyError
+    from mtrec_ray.serving.api import RecommendRequest
+    from mtrec_ray.serving.deployments import build_graph
+
+    monkeypatch.setenv("MTREC_TEST_KEY", "a key of 24 bytes, or so")
+    tiny.write_log(tmp_path)
+    config = tiny.make_config(tmp_path, lambda raw: raw["data"].update(pseudonyms={"key_env": "MTREC_TEST_KEY"}))
+    data = tiny.prepare_locally(config, tmp_path / "data")
+    tiny.write_bundle(config, data, tiny.train_locally(config, data), tmp_path / "bundle")
+
+    def answer(user_id: str) -> Any:
+        app = build_graph(str(tmp_path / "bundle"), str(tmp_path / "data"))
+        handle = serve.run(app, _local_testing_mode=True)
+        return handle.recommend.remote(RecommendRequest(user_id=user_id, k=3)).result()
+
+    found = answer("u3")
+    assert found["degraded"] == [] and found["user_id"] == "u3" and len(found["items"]) == 3
+    assert answer("a stranger")["degraded"] == ["no_history"]
+    monkeypatch.setenv("MTREC_TEST_KEY", "another key of 24 bytes!")
+    with pytest.raises(PseudonymKeyError, match="is not the one that the data were prepared with"):
+        answer("u3")

@@ -67,7 +67,7 @@ def test_every_protocol_trains_and_is_evaluated_beside_its_baselines(tmp_path: P
         assert slices["cold_item"]["moments"] == moments  # nothing that is judged was trained
         held = windows_of(data, "test").columns["target_item"]
         assert held.min() >= predictor.schema.n_train_items
-        assert len(predictor.model.item_tower.residual.weight) == predictor.schema.n_train_items < predictor.schema.n_items
+        assert len(predictor.model.item_tower.residual.table.weight) == predictor.schema.n_train_items < predictor.schema.n_items
     else:
         assert slices["cold_user"]["moments"] < moments
 

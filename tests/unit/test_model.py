@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from mtrec_ray import storage
-from mtrec_ray.models.item_tower import ItemTower
+from mtrec_ray.data.partition import hash_ids
+from mtrec_ray.models.item_tower import IdResiduals, ItemTower
 from mtrec_ray.models.recommender import Recommender
+from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.training.feed import WindowCache, collate
 from mtrec_ray.training.worker import build_model, load_schema
+from tests import tiny
 from tests.conftest import TinyRun
 
 
@@ -80,6 +85,32 @@ def test_id_dropout_depends_on_seed_and_step_alone(tiny_run: TinyRun) -> None:
     assert torch.equal(drawn(0, 3, 1), drawn(0, 3, 2))
     assert not torch.equal(drawn(0, 3, 1), drawn(0, 4, 1))
     assert not torch.equal(drawn(0, 3, 1), drawn(1, 3, 1))
+
+
+def test_hashed_residuals_follow_the_id_and_not_its_number(tiny_run: TinyRun) -> None:
+    config = tiny_run.config.model.model_copy(update={"id_buckets": 50})
+    residuals = IdResiduals(config, 300, 1.0)
+    ids = np.array([f"item {i}" for i in range(300)], dtype=object)
+    residuals.name_items(hash_ids(ids))
+    assert residuals.table.weight.shape == (50, config.width)
+    first = residuals(300)
+    pairs = {tuple(sorted(p)) for p in residuals.bucket_N2.tolist()}
+    assert len(pairs) > 200  # far more items are told apart than there are rows
+    turned = ids[::-1].copy()
+    residuals.name_items(hash_ids(turned))
+    torch.testing.assert_close(residuals(300), first.flip(0))
+
+
+def test_a_model_with_hashed_ids_is_trained_bundled_and_served(tiny_run: TinyRun, tmp_path: Path) -> None:
+    config = tiny.make_config(tiny_run.folder, lambda raw: raw["model"].update(id_buckets=7))
+    model = tiny.train_locally(config, tiny_run.data)
+    trained = model.schema.n_train_items
+    vectors = model.item_vectors()
+    assert len(set(map(tuple, vectors[:trained].tolist()))) > 7 and not vectors[trained:].any()
+    predictor = tiny.write_bundle(config, tiny_run.data, model, tmp_path / "bundle")
+    torch.testing.assert_close(predictor.item_vec_ND, vectors)
+    history = HistoryStore(tiny_run.data.root).get("u3")
+    assert history is not None and len(predictor.recommend([history], 3)[0]["items"]) == 3
 
 
 def test_an_action_missing_is_not_an_action_of_zero(model: Recommender) -> None:
