@@ -36,8 +36,10 @@ bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.loop_overhead
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.evaluate_small
 	$(BIN)/python -m benchmarks.evaluate
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.feed
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.prepare --curve 1e6,1e7,1e8
+	$(BIN)/python -m benchmarks.append
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality
 
 clean:
