@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mtrec_ray.feature_config import FeatureConfig, MultihotFeature, NumericalFeature
+from mtrec_ray.config.features import FeatureConfig, MultihotFeature, NumericalFeature
 from mtrec_ray.features import (
     UNKNOWN,
     CategoricalSpec,

@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from mtrec_ray.feature_config import Use
-
+Use = Literal["history", "request", "both"]
+"""Where a feature is read: in the tokens of past events, in the event to predict, or in both."""
 MISSING, UNKNOWN, FIRST = 0, 1, 2
 MAX_VALUES = 1000
 """Values of one event that a multi-hot feature takes."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mtrec_ray import feature_fit, storage
 from mtrec_ray.config import DataConfig, RunConfig
+from mtrec_ray.config.long import shown_column
 from mtrec_ray.data import windows
 from mtrec_ray.data.events import ROW, Job, read_events, users_of
 from mtrec_ray.data.ids import distinct_items, sample, sorted_dictionary
@@ -26,7 +27,6 @@ from mtrec_ray.data.maturity import mask_immature
 from mtrec_ray.data.validate import ITEM, TIME, USER
 from mtrec_ray.expressions import Expression
 from mtrec_ray.features import FeatureError, FeatureSpec
-from mtrec_ray.long_config import shown_column
 from mtrec_ray.schema import AttributeSpec, LabelStats, LogSchema, bin_names, fit_action
 
 DAY_S = 86_400

@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mtrec_ray.config import DataConfig
+from mtrec_ray.config.long import shown_column
 from mtrec_ray.data.sources import ROW
 from mtrec_ray.data.validate import ITEM, REQUEST, TIME, TYPE, USER, VALUE, derive, event_schema
-from mtrec_ray.long_config import shown_column
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]

@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mtrec_ray.config import DataConfig, LabelConfig
+from mtrec_ray.config.features import FeatureConfig
+from mtrec_ray.config.long import shown_column
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.data.sources import ROW, id_strings, list_strings
 from mtrec_ray.expressions import Expression
-from mtrec_ray.feature_config import FeatureConfig
 from mtrec_ray.features import MAX_VALUES, NUMBER, TEXT, TEXTS, clean_lists
-from mtrec_ray.long_config import shown_column
 from mtrec_ray.privacy import withhold
 
 ROW_BITS = 40

@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 
 from mtrec_ray import feature_fit
 from mtrec_ray.config import DataConfig
+from mtrec_ray.config.features import FeatureConfig
 from mtrec_ray.data.sources import ROW
 from mtrec_ray.data.validate import list_columns, needed_columns, validate
-from mtrec_ray.feature_config import FeatureConfig
 from mtrec_ray.features import (
     LIMIT,
     MAX_VALUES,

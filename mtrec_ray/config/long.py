@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from mtrec_ray.config.base import Model
 
 if TYPE_CHECKING:
-    from mtrec_ray.config import LabelConfig
+    from mtrec_ray.config.data import LabelConfig
 
 
-class LongConfig(BaseModel):
+class LongConfig(Model):
     """How the rows of a long log become events with labels; see docs/logs.md."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     type: str = "event_type"
     """Column of the log that says what a row is."""

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mtrec_ray.base_config import Int, Model
-
-Use = Literal["history", "request", "both"]
+from mtrec_ray.config.base import Int, Model
+from mtrec_ray.features import Use
 
 
 class _Feature(Model):

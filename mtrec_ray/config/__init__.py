@@ -1,0 +1,50 @@
+"""The run configuration: frozen pydantic models and a strict YAML loader.
+
+One YAML file describes one run. Unknown keys, wrong types and contradictions are refused at load with
+the path of the key and what was expected; `key.path=value` on the command line overrides a value.
+"""
+
+from mtrec_ray.config.data import AttributeConfig, DataConfig, ItemTextConfig, LabelConfig, PseudonymConfig, TableConfig
+from mtrec_ray.config.load import ConfigError, load_config, parse_config
+from mtrec_ray.config.run import (
+    BalancingConfig,
+    BinaryTask,
+    EncoderConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ProfileTask,
+    RankingConfig,
+    RegressionTask,
+    RetrievalTask,
+    RunConfig,
+    ScoringConfig,
+    SimilarityTask,
+    TaskConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AttributeConfig",
+    "BalancingConfig",
+    "BinaryTask",
+    "ConfigError",
+    "DataConfig",
+    "EncoderConfig",
+    "EvaluationConfig",
+    "ItemTextConfig",
+    "LabelConfig",
+    "ModelConfig",
+    "ProfileTask",
+    "PseudonymConfig",
+    "RankingConfig",
+    "RegressionTask",
+    "RetrievalTask",
+    "RunConfig",
+    "ScoringConfig",
+    "SimilarityTask",
+    "TableConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "load_config",
+    "parse_config",
+]
