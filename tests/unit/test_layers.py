@@ -12,10 +12,12 @@ ROOT = Path(__file__).parent.parent.parent / "mtrec_ray"
 ROOMS = ["models", "tasks", "balancing", "retrieval", "evaluation", "training", "encoders"]
 ADAPTERS = {"training/trainer.py", "evaluation/runner.py", "encoders/bulk.py"}
 SINGLE = [
-    "config.py", "base_config.py", "feature_config.py", "features.py", "feature_fit.py",
+    "config", "features.py", "feature_fit.py",
     "schema.py", "hashing.py", "expressions.py", "storage.py", "bundle.py", "predictor.py",
     "serving/history.py", "serving/api.py",
-    "data/partition.py", "data/windows.py", "data/sources.py", "data/validate.py", "data/catalogue.py",
+    "data/partition.py", "data/windows.py", "data/sources", "data/validate.py", "data/catalogue.py", "data/shuffle.py",
+    "data/ids.py", "data/lineage.py", "data/long.py", "data/maturity.py", "data/events.py", "data/fit.py", "data/build.py",
+    "data/forget.py", "privacy.py",
 ]  # fmt: skip
 
 
