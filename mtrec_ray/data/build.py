@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mtrec_ray import storage
@@ -93,7 +93,7 @@ def positions_of(plan: Plan, number: int) -> NDArray[np.int32]:
 
 def build_range(plan: Plan, which: int) -> int:
     """Catalogue rows of one range of items -> their number."""
-    job, recent = plan.job, []
+    job = plan.job
     numbered = storage.read_table(_range(plan, "numbers", which))
     item_ids = numbered["item_id"].combine_chunks()
     total = np.zeros(len(item_ids), np.int64)
@@ -113,27 +113,21 @@ def build_range(plan: Plan, which: int) -> int:
     return len(rows)
 
 
-def assemble_catalogue(plan: Plan, _: int) -> int:
-    """catalogue.parquet in the order of positions, from the ranges, one after the other -> rows."""
-    paths = storage.list_files(plan.job.work("catalogue"), ".parquet")
-    filesystem, target = storage.resolve(storage.join(plan.job.prefix, "catalogue.parquet"))
-    written, writer = 0, None
+def assemble_catalogue(plan: Plan, _: int) -> None:
+    """catalogue.parquet in the order of positions, from the ranges, one after the other."""
 
-    def rows_of(kind: int) -> list[pa.Table]:
-        return [t.filter(pc.equal(t["kind"], kind)) for t in (pq.read_table(p, filesystem=filesystem) for p in paths)]
+    def rows(kind: int) -> Iterator[pa.Table]:
+        for which in range(len(plan.bounds) + 1):
+            table = storage.read_table(_range(plan, "catalogue", which))
+            yield table.filter(pc.equal(table["kind"], kind))
 
-    try:
-        for kind in (ids.OLD, ids.NEW, ids.REST):
-            for table in [pa.concat_tables(rows_of(kind)).sort_by("rank")] if kind == ids.OLD else rows_of(kind):
-                table = table.drop_columns(["kind", "rank"])
-                writer = writer or pq.ParquetWriter(target, table.schema, filesystem=filesystem, compression="zstd")
-                if len(table):
-                    writer.write_table(table)
-                written += len(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    return written
+    def in_order() -> Iterator[pa.Table]:
+        yield pa.concat_tables(rows(ids.OLD)).sort_by("rank")
+        for kind in (ids.NEW, ids.REST):
+            yield from rows(kind)
+
+    tables = (table.drop_columns(["kind", "rank"]) for table in in_order())
+    storage.write_tables(storage.join(plan.job.prefix, "catalogue.parquet"), tables)
 
 
 # --------------------------------------------------------------------------- windows
