@@ -179,12 +179,14 @@ class Run:
 
 def _changed(directory: storage.Directory, work: Callable[[], Any]) -> bool:
     def inputs() -> Any:
-        published = storage.exists(storage.join(directory.root, "manifest.json"))
-        return directory.manifest["inputs"] if published else None
+        try:
+            return directory.manifest["inputs"]
+        except storage.StorageError:  # none, or one of another version
+            return None
 
     before = inputs()
     work()
-    return before != inputs() or (before is None and inputs() is not None)
+    return bool(before != inputs())
 
 
 def run_stages(config: RunConfig, out: str, stages: tuple[str, ...], append: bool = False) -> Run:

@@ -10,10 +10,12 @@ so that a reader either finds everything or nothing, on a local disk and on an o
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -79,11 +81,21 @@ def _writing(uri: str | Path) -> Iterator[None]:
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
+    """A whole file: whoever is stopped here leaves the one that was there. (Object stores do so by themselves.)"""
     filesystem, path = resolve(uri)
+    folder, _, name = path.rpartition("/")
     with _writing(uri):
-        filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        with filesystem.open_output_stream(path, compression=None) as stream:
-            stream.write(data)
+        filesystem.create_dir(folder, recursive=True)
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            with filesystem.open_output_stream(path, compression=None) as stream:
+                stream.write(data)
+            return
+        draft = Path(folder, f".{uuid.uuid4().hex[:12]}.draft")
+        try:
+            draft.write_bytes(data)
+            os.replace(draft, Path(folder, name))
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def read_json(uri: str | Path) -> Any:
@@ -154,6 +166,7 @@ def read_batch(uri: str | Path, number: int) -> pa.RecordBatch:
 def one_batch(table: pa.Table) -> pa.RecordBatch:
     """A table as a single batch, empty or not."""
     batches = table.combine_chunks().to_batches()
+    assert len(batches) < 2, "a column of text is longer than 2 GiB"
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
 
 
@@ -189,6 +202,8 @@ def copy(source: str, target: str) -> None:
         Path(other).unlink(missing_ok=True)  # never write into a file that is linked to its source already
         try:
             os.link(path, other)
+            return
+        except FileExistsError:  # another attempt of the same task linked it just now; writing would go into the source
             return
         except OSError:  # another disk, or a filesystem without links
             pass
@@ -230,6 +245,27 @@ def file_fingerprint(uri: str | Path) -> str:
     if info.is_file:
         return file_fingerprint_of_path(str(uri), path)
     return fingerprint({p.removeprefix(path): file_fingerprint_of_path(str(uri), p) for p in list_files(uri)})
+
+
+@contextmanager
+def only_writer(root: str | Path) -> Iterator[None]:
+    """Hold a local root for one job, until it ends or dies. Raises StorageError while another job holds it.
+
+    Object stores and filesystems without locks hold nothing: there, two jobs are kept apart by whoever starts them.
+    """
+    if not is_local(root):
+        yield
+        return
+    folder = Path(resolve(root)[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"{root}: another job is writing here; run again when it has ended") from None
+        except OSError:
+            pass
+        yield
 
 
 class Directory:

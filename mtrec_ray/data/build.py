@@ -72,12 +72,11 @@ def number_items(plan: Plan, which: int) -> tuple[int, int, int]:
     return int((found.kind == ids.NEW).sum()), len(rest), int(hash_ids(rest).sum(dtype=np.uint64))
 
 
-def _item_units(plan: Plan, columns: list[str]) -> list[pa.Table]:
-    """The items table, unit by unit."""
+def _item_units(plan: Plan, columns: list[str]) -> Iterator[pa.Table]:
+    """The items table, unit by unit; one of them is in memory."""
     root = plan.job.work("items")
-    if plan.job.data.items is None:
-        return []
-    return [storage.read_table(storage.join(root, p.rsplit("/", 1)[1]), columns) for p in storage.list_files(root, ".parquet")]
+    for path in storage.list_files(root, ".parquet") if plan.job.data.items is not None else ():
+        yield storage.read_table(storage.join(root, path.rsplit("/", 1)[1]), columns)
 
 
 def positions_of(plan: Plan, number: int) -> NDArray[np.int32]:
@@ -145,6 +144,7 @@ def build_windows(plan: Plan, number: int) -> dict[str, int]:
     assert schema is not None
     same = plan.touched is not None and number not in plan.touched
     table = read_events(job, number)
+    assert len(table), f"{job.part('events', number)} has lost its events"
     events = to_events(job.config, table, job.log_end)
     split = split_events(job.data, events, plan.cuts)
     item_ids, codes = ids.sorted_dictionary(events.item_ids)

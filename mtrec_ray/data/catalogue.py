@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Collection
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +30,13 @@ def user_columns(data: DataConfig) -> list[str]:
     return [] if data.users is None else ["user_id", *dict.fromkeys(a.column for a in data.attributes.values())]
 
 
-def check_unique(table: pa.Table, key: str, what: str) -> None:
+def check_unique(table: pa.Table, key: str, what: str, sensitive: Collection[str] = ()) -> None:
     """Raises SourceError when an id occurs twice in what is a whole table, or the whole share of its ids."""
     counts = pc.value_counts(table[key].combine_chunks())
     double = counts.field("values").filter(pc.greater(counts.field("counts"), 1)).to_pylist()
     if double:
-        raise SourceError(f"{what}: {key} {double[0]!r} occurs more than once ({len(double)} such ids)")
+        shown = "(withheld)" if key in sensitive else repr(double[0])
+        raise SourceError(f"{what}: {key} {shown} occurs more than once ({len(double)} such ids)")
 
 
 def catalogue_rows(
@@ -53,7 +55,7 @@ def catalogue_rows(
         "recent_count": pa.array(recent, pa.int64()),
     }
     if items is not None:
-        check_unique(items, "item_id", "items")
+        check_unique(items, "item_id", "items", data.sensitive_names)
     if items is None or data.text is None:
         columns["title"] = item_ids
         columns["text"] = pa.nulls(len(item_ids), pa.string())

@@ -31,6 +31,7 @@ from mtrec_ray.data.validate import (
     needed_columns,
     quarantine_broken,
     quarantine_rows,
+    row_schema,
     validate,
 )
 from mtrec_ray.privacy import Pseudonyms
@@ -94,7 +95,7 @@ def read_table_unit(job: Job, place: tuple[str, int]) -> dict[str, Any]:
     columns = item_columns(job.data) if what == "items" else user_columns(job.data)
     assert config is not None
     unit, key = job.units[what][number], columns[0]
-    table = sources.read_strings(config, unit, columns, what)
+    table = sources.read_strings(config, unit, columns, what, bool(job.data.pseudonyms or job.data.sensitive))
     if table[key].null_count:
         first = pc.index(table[key].is_null(), True).as_py()
         raise sources.SourceError(f"{what}: {unit.path}: {table[key].null_count} row(s) without {key}; the first is row {first}")
@@ -107,7 +108,8 @@ def read_table_unit(job: Job, place: tuple[str, int]) -> dict[str, Any]:
     table = table.sort_by(key)
     storage.write_table(job.work("items", f"unit-{number:06d}.parquet"), table)
     ids = table[key].combine_chunks()
-    return {"rows": len(table), "sample": sample(ids) if len(ids) else [], "hashes": hash_ids(ids)}
+    hashes = hash_ids(ids) if job.data.unknown_items == "quarantine" else np.zeros(0, np.uint64)
+    return {"rows": len(table), "sample": sample(ids) if len(ids) else [], "hashes": hashes}
 
 
 def users_of(job: Job, number: int) -> pa.Table | None:
@@ -117,7 +119,7 @@ def users_of(job: Job, number: int) -> pa.Table | None:
     found = shuffle.read_partition(job.work("users"), number)
     if found is None:
         return pa.table({n: pa.array([], pa.string()) for n in user_columns(job.data)})
-    check_unique(found, "user_id", "users")
+    check_unique(found, "user_id", "users", job.data.sensitive_names)
     return found
 
 
@@ -178,11 +180,16 @@ def settle_partition(job: Job, number: int) -> dict[str, int]:
     """Sort a partition by (user, time, row), quarantine unknown users and duplicates, join a long log's rows, write it.
 
     -> its events, how many rows were found, and what the join says. Appended rows join the partition's rows of before;
-    a partition that has none is taken as it is.
+    a partition that has none is taken as it is, unless a user was forgotten there since: then it is counted anew.
     """
-    events = shuffle.read_partition(job.work("events"), number)
+    events, before = shuffle.read_partition(job.work("events"), number), _before(job, number)
     if events is None or not len(events):
-        return _as_before(job, number)
+        if before is None:
+            return {"events": 0, "found": 0}
+        assert job.before is not None
+        if str(number) in job.before.settled:
+            return _as_before(job, number)
+        events = row_schema(job.data).empty_table()
     found, counts, rejected = len(events), dict[str, int](), list[pa.Table]()
     files = {u.file_index: u.path for u in job.units["interactions"]} | (job.before.files if job.before else {})
 
@@ -197,7 +204,6 @@ def settle_partition(job: Job, number: int) -> dict[str, int]:
     if users is not None and job.data.unknown_users == "quarantine":
         known = pc.is_in(events[USER], value_set=users["user_id"].combine_chunks())
         events = without(events, ~known.to_numpy(), "user_id is not in the users table")
-    before = _before(job, number)
     if before is not None:
         events = pa.concat_tables([storage.read_table(before).cast(events.schema), events])
     events = _sorted(_encoded(events))
@@ -208,6 +214,8 @@ def settle_partition(job: Job, number: int) -> dict[str, int]:
             rows = without(rows, joined.unmatched, f"{job.data.long.type} matches no {job.data.long.impression}")
         storage.write_table(job.part("rows", number), rows)  # what an append joins anew
         events, counts = joined.events, joined.counts()
+        if job.data.long.unmatched == "quarantine" and job.before is not None:  # those of before are no rows any more
+            counts["unmatched"] += job.before.settled.get(str(number), {}).get("unmatched", 0)
     if rejected:
         generation = job.before.generation if job.before else 0
         storage.write_table(job.part("quarantine", 1_000_000 * (generation + 1) + number), pa.concat_tables(rejected))
@@ -226,8 +234,6 @@ def _before(job: Job, number: int) -> str | None:
 
 def _as_before(job: Job, number: int) -> dict[str, int]:
     """A partition that no row was found for."""
-    if _before(job, number) is None:
-        return {"events": 0, "found": 0}
     assert job.before is not None
     for kind in ("events", "rows"):
         uri = storage.join(job.before.prefix, kind, f"part-{number:05d}.parquet")

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mtrec_ray import storage
 from mtrec_ray.data import lineage
+from mtrec_ray.data.ids import sorted_dictionary
 from mtrec_ray.data.partition import user_partition
 from mtrec_ray.training.worker import window_cache
 
@@ -40,17 +42,25 @@ def forget(run: str, user_ids: Sequence[str], others: Sequence[str] = ()) -> For
     Raises StorageError when nothing is prepared there.
     """
     directory = storage.Directory(storage.join(run, "data"))
+    _ = directory.manifest  # raises before anything is written where nothing is prepared
+    with storage.only_writer(directory.root):
+        return _forget(run, directory, user_ids, others)
+
+
+def _forget(run: str, directory: storage.Directory, user_ids: Sequence[str], others: Sequence[str]) -> Forgotten:
     manifest, prefix = directory.manifest, directory.prefix
     out = Forgotten()
     uri = storage.join(directory.root, lineage.FORGOTTEN)
     known = lineage.forgotten(directory.root) | {lineage.forgotten_hash(u) for u in user_ids}
-    storage.write_json(uri, {"users": sorted(known)})
+    storage.write_json(uri, {"users": sorted(known), "pseudonym_key": manifest["pseudonym_key"]})
     covered = manifest["covered"] | {"forgotten": sorted(known)}
     out.bundles = trained_with([run, *others], {manifest["inputs"], *manifest["ancestors"]})
     wanted = pa.array(sorted(set(user_ids)), pa.string())
     inputs = storage.fingerprint([manifest["inputs"], sorted(known)])
     target = directory.begin(inputs)
-    numbers = {f"part-{n:05d}.parquet" for n in user_partition(wanted, manifest["partitions"]).tolist()}
+    places = {int(n) for n in user_partition(wanted, manifest["partitions"])}
+    numbers = {f"part-{n:05d}.parquet" for n in places}
+    targets: dict[str, int] = {}
     for name in manifest["files"]:
         kind, _, file = name.rpartition("/")
         source = storage.join(prefix, name)
@@ -58,16 +68,21 @@ def forget(run: str, user_ids: Sequence[str], others: Sequence[str] = ()) -> For
             table = storage.read_table(source)
             kept = table.filter(_others(table, wanted))
             out.rows[kind] = out.rows.get(kind, 0) + len(table) - len(kept)
+            if "target_item" in table.column_names:
+                targets[kind] = targets.get(kind, 0) + _entries(table["target_item"]) - _entries(kept["target_item"])
             if len(kept) or kind != "quarantine":
-                storage.write_table(storage.join(target, name), kept)
+                storage.write_table(storage.join(target, name), _with_own_dictionaries(kept))
         else:
             storage.copy(source, storage.join(target, name))
-    rows = _counts(manifest["rows"], out.rows)
+    rows = _counts(manifest["rows"], out.rows, targets)
     meta = {k: v for k, v in manifest.items() if k not in ("schema_version", "inputs", "prefix", "files")}
     ancestors = [*manifest["ancestors"], manifest["inputs"]]
+    for counts in ("parts", "settled"):  # an append counts these partitions anew
+        meta[counts] = {n: c for n, c in manifest[counts].items() if int(n) not in places}
     meta |= {"covered": covered, "covers": lineage.covers(covered), "rows": rows, "ancestors": ancestors}
     directory.publish(inputs, **meta)
-    shutil.rmtree(window_cache(prefix), ignore_errors=True)
+    for earlier in ancestors:
+        shutil.rmtree(window_cache(storage.join(directory.root, earlier[:16])), ignore_errors=True)
     _forget_scores(run, wanted, out)
     return out
 
@@ -82,14 +97,36 @@ def _others(table: pa.Table, wanted: pa.Array) -> pa.ChunkedArray:
     return others
 
 
-def _counts(rows: dict[str, Any], removed: dict[str, int]) -> dict[str, Any]:
-    """Row counts of the manifest without what was removed; it stands under `forgotten`."""
+def _with_own_dictionaries(table: pa.Table) -> pa.Table:
+    """Dictionaries in the order of their values that hold what the table uses: an id would stay in them."""
+    for place, column in enumerate(table.schema):
+        if pa.types.is_dictionary(column.type):
+            values, codes = sorted_dictionary(table[column.name].cast(column.type.value_type))
+            table = table.set_column(place, column.name, pa.DictionaryArray.from_arrays(pa.array(codes.astype(np.int32)), values))
+    return table
+
+
+def _entries(lists: pa.ChunkedArray) -> int:
+    return int(pc.sum(pc.list_value_length(lists)).as_py() or 0)
+
+
+def _counts(rows: dict[str, Any], removed: dict[str, int], targets: dict[str, int]) -> dict[str, Any]:
+    """Row counts of the manifest without what was removed; it stands under `forgotten`.
+
+    What a long log's join says of late and unmatched rows, and how many labels are immature, is counted by the next
+    preparation.
+    """
     out = dict(rows)
     for kind, key in (("events", "events"), ("quarantine", "quarantined"), ("store", "users")):
         out[key] = rows[key] - removed.get(kind, 0)
     for split in ("train", "valid", "test"):
         out[f"{split}_windows"] = rows[f"{split}_windows"] - removed.get(f"windows/{split}", 0)
-    out["forgotten"] = rows["forgotten"] + removed.get("events", 0) + removed.get("quarantine", 0)
+        out[f"{split}_targets"] = rows[f"{split}_targets"] - targets.get(f"windows/{split}", 0)
+    events = removed.get("events", 0)
+    read = removed.get("rows", events)  # of a long log, a row is an event or a label of one
+    if "matched" in rows:
+        out["matched"] = rows["matched"] - (read - events)
+    out["forgotten"] = rows["forgotten"] + read + removed.get("quarantine", 0)
     return out
 
 

@@ -10,9 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
+
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig, TableConfig
 from mtrec_ray.data.sources import Unit
+from mtrec_ray.privacy import PseudonymKeyError
 
 FORGOTTEN = "forgotten.json"
 Files = dict[str, dict[str, Any]]
@@ -41,16 +44,31 @@ class Before:
     read: int
     forgotten: int
     """Rows read, and those of forgotten users among them."""
+    same_users: bool
+    """Whether the users table is the one of before."""
     files: dict[int, str] = field(default_factory=dict)
     """Names of the files that are there already, by their index."""
 
 
-def table_files(table: TableConfig, known: Files) -> Files:
-    """The files of a table with their content's hashes; those that look as they did when they were `known` are not
+def listed(config: RunConfig) -> dict[str, list[str]]:
+    """Paths of the files of every table, none where a table cannot be listed (sources.py says why)."""
+
+    def paths(table: TableConfig) -> list[str]:
+        try:
+            filesystem, path = storage.resolve(table.path)
+            return [path] if filesystem.get_file_info(path).is_file else storage.list_files(table.path)
+        except (pa.ArrowException, OSError):
+            return []
+
+    tables = {n: getattr(config.data, n) for n in ("interactions", "items", "users")}
+    return {n: paths(t) for n, t in tables.items() if t is not None}
+
+
+def table_files(table: TableConfig, paths: list[str], known: Files) -> Files:
+    """Files of a table with their content's hashes; those that look as they did when they were `known` are not
     read again."""
-    filesystem, path = storage.resolve(table.path)
-    info = filesystem.get_file_info(path)
-    infos = [info] if info.is_file else filesystem.get_file_info(storage.list_files(table.path))
+    filesystem, _ = storage.resolve(table.path)
+    infos = filesystem.get_file_info(paths)
 
     def describe(info: Any) -> dict[str, Any]:
         seen = known.get(info.path)
@@ -64,29 +82,53 @@ def table_files(table: TableConfig, known: Files) -> Files:
         return dict(zip([i.path for i in infos], pool.map(describe, infos), strict=True))
 
 
-def covered(config: RunConfig, root: str, published: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything that prepared data depend on: the config's data part, the files' content, who was forgotten."""
+def covered(config: RunConfig, root: str, published: dict[str, Any] | None, files: dict[str, list[str]]) -> dict[str, Any]:
+    """Everything that prepared data depend on: the config's data part, the files' content, who was forgotten.
+
+    files: from `listed`, before the log's units were: what arrives in between is read and not covered, never the reverse.
+    """
     known: dict[str, Files] = (published or {}).get("covered", {}).get("files", {})
-    tables = {n: getattr(config.data, n) for n in ("interactions", "items", "users")}
     return {
         "schema_version": storage.SCHEMA_VERSION,
         "data": config.data.model_dump(mode="json"),
         "positive": config.positive_expression,
-        "files": {n: table_files(t, known.get(n, {})) for n, t in tables.items() if t is not None},
+        "files": {n: table_files(getattr(config.data, n), paths, known.get(n, {})) for n, paths in files.items()},
         "forgotten": sorted(forgotten(root)),
     }
 
 
 def covers(parts: dict[str, Any]) -> str:
     """Fingerprint of what is covered: contents, not when files were written."""
-    files = {n: [f["sha256"] for _, f in sorted(table.items())] for n, table in parts["files"].items()}
-    return storage.fingerprint(parts | {"files": files})
+    return storage.fingerprint(parts | {"files": {n: _contents(parts, n) for n in parts["files"]}})
+
+
+def _contents(parts: dict[str, Any], table: str) -> list[str]:
+    """Hashes of a table's files in the order of their names."""
+    return [f["sha256"] for _, f in sorted(parts["files"].get(table, {}).items())]
 
 
 def forgotten(root: str) -> frozenset[str]:
     """Hashes of the users that were forgotten, whom a later preparation leaves out."""
     uri = storage.join(root, FORGOTTEN)
     return frozenset(storage.read_json(uri)["users"]) if storage.exists(uri) else frozenset()
+
+
+def check_forgotten(root: str, key_fingerprint: str | None) -> None:
+    """Raise PseudonymKeyError where users were forgotten by other pseudonyms than those of a key: they would come back."""
+    uri = storage.join(root, FORGOTTEN)
+    if not storage.exists(uri):
+        return
+    found = storage.read_json(uri)
+    of = found.get("pseudonym_key", key_fingerprint)
+    if found["users"] and of != key_fingerprint:
+        raise PseudonymKeyError(
+            f"{uri} knows forgotten users by {_ids_of(of)}, and the configuration now says {_ids_of(key_fingerprint)}: they "
+            "would come back. Delete that file, prepare, and run jobs.forget for them again at once"
+        )
+
+
+def _ids_of(key_fingerprint: str | None) -> str:
+    return "the log's own ids" if key_fingerprint is None else f"pseudonyms of the key {key_fingerprint}"
 
 
 def forgotten_hash(user_id: str) -> str:
@@ -106,7 +148,14 @@ def appended(parts: dict[str, Any], manifest: dict[str, Any], prefix: str, units
                 f"--append: the configuration differs from the one of the published data ({', '.join(names) or what}); "
                 "prepare anew without --append"
             )
+    if parts["forgotten"] != old["forgotten"]:
+        raise DataError("--append: jobs.forget was stopped before it had ended; run it again first, for the same users")
     there: Files = old["files"]["interactions"]
+    gone = sorted(set(there) - set(parts["files"]["interactions"]))
+    if gone:
+        raise DataError(
+            f"--append: {gone[0]} is gone since it was prepared ({len(gone)} such files); prepare anew without --append"
+        )
     for path, found in parts["files"]["interactions"].items():
         if path in there and there[path]["sha256"] != found["sha256"]:
             raise DataError(f"--append: {path} has changed since it was prepared; prepare anew without --append")
@@ -125,6 +174,7 @@ def appended(parts: dict[str, Any], manifest: dict[str, Any], prefix: str, units
         log_end=int(manifest["log_end"]),
         read=int(manifest["rows"]["read"]),
         forgotten=int(manifest["rows"]["forgotten"]),
+        same_users=_contents(parts, "users") == _contents(old, "users"),
         files=dict(enumerate(order)),
     )
     first = int(manifest["units"])

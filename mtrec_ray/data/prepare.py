@@ -55,12 +55,17 @@ def prepare(config: RunConfig, root: str, append: bool = False) -> storage.Direc
 
     append: files of the log that are not part of the published data yet join them. The result is that of preparing
     everything at once, but training items keep the numbers that they had.
-    Raises SourceError, DataError, PseudonymKeyError: nothing is published then.
+    Raises SourceError, DataError, PseudonymKeyError, StorageError: nothing is published then.
     """
-    directory = storage.Directory(root)
-    published = directory.manifest if storage.exists(storage.join(directory.root, "manifest.json")) else None
+    with storage.only_writer(root):
+        return _prepare(config, storage.Directory(root), append)
+
+
+def _prepare(config: RunConfig, directory: storage.Directory, append: bool) -> storage.Directory:
+    published = _published(directory, append)
+    files = lineage.listed(config)
     units = _units(config)
-    parts = lineage.covered(config, directory.root, published)
+    parts = lineage.covered(config, directory.root, published, files)
     covers = lineage.covers(parts)
     if published is not None and published["covers"] == covers:
         log.info("prepare: reused %s", directory.root)
@@ -71,7 +76,9 @@ def prepare(config: RunConfig, root: str, append: bool = False) -> storage.Direc
         all_units = int(published["units"]) + len(units["interactions"])
         log.info("prepare: %d new piece(s) of the log join %d", len(units["interactions"]), published["units"])
     inputs = covers if published is None or before is None else storage.fingerprint([covers, published["inputs"]])
-    pseudonyms = None if config.data.pseudonyms is None else Pseudonyms.load(config.data.pseudonyms)
+    key = None if published is None or before is None else published["pseudonym_key"]
+    pseudonyms = None if config.data.pseudonyms is None else Pseudonyms.load(config.data.pseudonyms, key)
+    lineage.check_forgotten(directory.root, None if pseudonyms is None else pseudonyms.fingerprint)
     partitions = _partitions(config, units["interactions"]) if published is None or before is None else published["partitions"]
     job = Job(
         config, directory.begin(inputs), partitions, units, pseudonyms=pseudonyms, forgotten=lineage.forgotten(directory.root),
@@ -84,14 +91,25 @@ def prepare(config: RunConfig, root: str, append: bool = False) -> storage.Direc
             storage.delete(storage.join(job.prefix, name))
         raise
     storage.delete(job.work())
-    ancestors = [] if published is None or before is None else [*published["ancestors"], published["inputs"]]
-    order = [*(before.files.values() if before else ()), *dict.fromkeys(u.path for u in units["interactions"])]
+    ancestors = [] if published is None else [*dict.fromkeys([*published["ancestors"], published["inputs"]])]
+    paths = (before.files if before else {}) | {u.file_index: u.path for u in units["interactions"]}
+    order = [paths.get(i, "") for i in range(max(paths, default=-1) + 1)]  # a file without a row group has a place too
     directory.publish(
         inputs, kind="data", covers=covers, covered=parts, partitions=partitions, order=order, units=all_units, ancestors=ancestors,
         generation=before.generation if before else 0, test_sha256=_test_hash(job.prefix, facts["rows"]), **facts,
     )  # fmt: skip
     log.info("prepare: %s", facts["rows"])
     return directory
+
+
+def _published(directory: storage.Directory, append: bool) -> dict[str, Any] | None:
+    """The manifest of what is there; what cannot be read is as if it were not, and is no ground to append to."""
+    try:
+        return directory.manifest
+    except storage.StorageError:
+        if append and storage.exists(storage.join(directory.root, "manifest.json")):
+            raise
+        return None
 
 
 def _units(config: RunConfig) -> dict[str, list[sources.Unit]]:
@@ -121,7 +139,8 @@ def _run(job: Job) -> dict[str, Any]:
     job = job.having(known_items=samples.pop("hashes"))
     rows, settled = _read_events(job)
     parts = [n for n, s in enumerate(settled) if s["events"]]
-    touched = [n for n, s in enumerate(settled) if s["found"]]
+    known = job.before.settled if job.before else {}
+    touched = [n for n in parts if settled[n]["found"] or str(n) not in known]
     log_end = rows.pop("log_end")
     job = job.having(log_end=log_end)
     cuts = _time_cuts(job, parts) if job.data.protocol == "time" else (0, 0)
@@ -157,7 +176,7 @@ def _run(job: Job) -> dict[str, Any]:
         "rows": rows,
         "cuts": list(cuts),
         "log_end": log_end,
-        "settled": {str(n): {k: v for k, v in s.items() if k != "found"} for n, s in enumerate(settled) if s["events"]},
+        "settled": {str(n): {k: v for k, v in s.items() if k != "found"} for n, s in enumerate(settled)},
         "parts": {str(n): c for n, c in zip(parts, counted, strict=True)},
         "rest_hash": str(rest_hash),
         "pseudonym_key": key_fingerprint,
@@ -167,10 +186,10 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _only_touched_differ(job: Job, schema: LogSchema, cuts: tuple[int, int], rest_hash: int) -> bool:
-    """Whether partitions without new rows have the windows that they had: the same split, numbers, transforms, and no
-    label that has matured since."""
+    """Whether partitions without new rows have the windows that they had: the same split, numbers, transforms, users
+    table, and no label that has matured since."""
     before = job.before
-    if before is None or (maturity_hours(job.data) and before.log_end != job.log_end):
+    if before is None or not before.same_users or (maturity_hours(job.data) and before.log_end != job.log_end):
         return False
     old = LogSchema.model_validate_json(storage.read_bytes(storage.join(before.prefix, "schema.json")))
     # statistics of labels and actions are not part of any window
@@ -189,7 +208,7 @@ def _read_tables(job: Job) -> dict[str, Any]:
     found = [out for _, out in sorted(runtime.for_each(stage.read_table_unit, job, places, "prepare: tables, pieces"))]
     kept = [out for (what, _), out in zip(places, found, strict=True) if what == "items"]
     hashes = None
-    if job.data.items is not None:
+    if job.data.items is not None and job.data.unknown_items == "quarantine":
         hashes = np.sort(np.concatenate([np.zeros(0, np.uint64), *[out["hashes"] for out in kept]]))
     return {"hashes": hashes, "samples": [out["sample"] for out in kept], "items": sum(out["rows"] for out in kept)}
 
@@ -277,11 +296,13 @@ def _time_cuts(job: Job, parts: list[int]) -> tuple[int, int]:
 def _test_hash(prefix: str, rows: dict[str, Any]) -> str:
     """SHA-256 of the lines `user,item` of the test targets, users in numerical order where they are numbers.
 
-    Of a log with millions of them: of the test windows' files instead, which depend on the number of partitions too."""
-    if rows["test_targets"] > _TEST_HASH_TARGETS:
+    Of a log with millions of them, or of items: of the test windows' files instead, which depend on the number of
+    partitions too."""
+    catalogue = storage.join(prefix, "catalogue.parquet")
+    if max(rows["test_targets"], storage.rows(catalogue)) > _TEST_HASH_TARGETS:
         return storage.file_fingerprint(storage.join(prefix, "windows", "test"))
     table = storage.read_table(storage.join(prefix, "windows", "test"), ["user_id", "target_item"])
-    item_ids = storage.read_table(storage.join(prefix, "catalogue.parquet"), ["item_id"])["item_id"].to_pylist()
+    item_ids = storage.read_table(catalogue, ["item_id"])["item_id"].to_pylist()
     pairs = [(u, item_ids[i]) for u, items in zip(table[0].to_pylist(), table[1].to_pylist(), strict=True) for i in items]
     numeric = all(u.isdigit() for u, _ in pairs)
     pairs.sort(key=lambda p: int(p[0]) if numeric else p[0])  # type: ignore[arg-type, return-value]

@@ -181,15 +181,16 @@ def _check_unchanged(filesystem: pafs.FileSystem, unit: Unit) -> None:
         )
 
 
-def read_strings(table: TableConfig, unit: Unit, needed: list[str], what: str) -> pa.Table:
+def read_strings(table: TableConfig, unit: Unit, needed: list[str], what: str, secret: bool = False) -> pa.Table:
     """A whole unit of a small table (items, users) with `needed` columns as strings; lists are joined with ', '.
 
-    Raises SourceError for a broken row, which such a table may not have."""
+    Raises SourceError for a broken row, which such a table may not have; secret: without its text."""
     pieces = []
     for block, broken in read_unit(table, unit, needed, set(needed)):
         if broken:
             row, line = broken[0]
-            raise SourceError(f"{what}: {unit.path} row {row - unit.base} {_FAULT[table.format]}: {line!r}")
+            shown = "(withheld)" if secret else repr(line)
+            raise SourceError(f"{what}: {unit.path} row {row - unit.base} {_FAULT[table.format]}: {shown}")
         pieces.append(pa.table({n: id_strings(block[n]) for n in needed}))
     if not pieces:
         return pa.table({n: pa.array([], pa.string()) for n in needed})
