@@ -5,6 +5,7 @@ Every function is one task: it works on one unit or one partition, writes files 
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,6 +40,8 @@ from mtrec_ray.privacy import Pseudonyms
 ROW = sources.ROW
 PIECE_ROWS = 1 << 20
 """Rows that a task holds before they go to the shuffle's files."""
+BYTES_PER_ROW = 40
+"""Of a text file, whose rows nobody has counted."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,22 @@ def users_of(job: Job, number: int) -> pa.Table | None:
 # --------------------------------------------------------------------------- the log
 
 
-def read_events_unit(job: Job, number: int) -> dict[str, Any]:
-    """Read and validate a unit of the log; good rows go to the shuffle's files, bad ones to the quarantine."""
-    unit = job.units["interactions"][number]
-    name = unit.number
+def groups_of_units(units: list[sources.Unit]) -> list[tuple[int, int]]:
+    """Consecutive units that one task reads, as ranges of places: small files and row groups together, up to a piece."""
+    starts, rows = [0], 0
+    for place, unit in enumerate(units):
+        size = unit.rows if unit.rows is not None else (unit.size or 0) // BYTES_PER_ROW
+        if rows and rows + size > PIECE_ROWS:
+            starts.append(place)
+            rows = 0
+        rows += size
+    return list(itertools.pairwise([*starts, len(units)])) if units else []
+
+
+def read_events_units(job: Job, places: tuple[int, int]) -> dict[str, Any]:
+    """Read and validate some units of the log; good rows go to the shuffle's files, bad ones to the quarantine."""
+    units = job.units["interactions"][slice(*places)]
+    name = units[0].number
     held: list[pa.Table] = []
     rejected: list[pa.Table] = []
     good_rows = forgotten = pieces = 0
@@ -144,7 +159,9 @@ def read_events_unit(job: Job, number: int) -> dict[str, Any]:
 
     now = time.time_ns() // 1_000_000
     earliest, latest = [], []
-    for table, broken in sources.read_unit(job.data.interactions, unit, needed_columns(job.data), list_columns(job.data)):
+    needed, lists = needed_columns(job.data), list_columns(job.data)
+    blocks = ((u, *block) for u in units for block in sources.read_unit(job.data.interactions, u, needed, lists))
+    for unit, table, broken in blocks:
         if job.pseudonyms is not None:
             table = pseudonymised(job, table)
         remembered = _without_forgotten(job, table)

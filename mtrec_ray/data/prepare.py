@@ -40,13 +40,12 @@ log = logging.getLogger(__name__)
 __all__ = ["DataError", "prepare"]
 
 _EVENTS_PER_PARTITION = 1_000_000
-_BYTES_PER_EVENT = 40
-"""Of a text file, whose rows nobody has counted; compressed ones hold three times as many."""
 _ITEMS_PER_RANGE = 4_000_000
 _TEST_HASH_TARGETS = 2_000_000
 _SECONDS_LIKE_MS = (300_000_000, 5_000_000_000)
 """Times of 1979 to 2128 in seconds, read as milliseconds."""
 
+Item = TypeVar("Item")
 R = TypeVar("R")
 
 
@@ -129,7 +128,7 @@ def _partitions(config: RunConfig, units: list[sources.Unit]) -> int:
     counted = sum(u.rows or 0 for u in units)
     text = {u.path: (u.size or 0) * (1 if u.path.endswith((".csv", ".jsonl", ".inter", ".data", ".dat")) else 3)
             for u in units if u.rows is None}  # fmt: skip
-    needed = -(-(counted + sum(text.values()) // _BYTES_PER_EVENT) // _EVENTS_PER_PARTITION)
+    needed = -(-(counted + sum(text.values()) // stage.BYTES_PER_ROW) // _EVENTS_PER_PARTITION)
     return max(2, needed if needed < 4 else -(-needed // 4) * 4)
 
 
@@ -197,7 +196,7 @@ def _only_touched_differ(job: Job, schema: LogSchema, cuts: tuple[int, int], res
     return old == fitted and before.cuts == cuts and before.rest_hash == rest_hash
 
 
-def _in_order(task: Callable[[Any, int], R], shared: Any, items: Sequence[int], what: str) -> list[R]:
+def _in_order(task: Callable[[Any, Item], R], shared: Any, items: Sequence[Item], what: str) -> list[R]:
     """Results of a task on every item, in the order of the items."""
     return [out for _, out in sorted(runtime.for_each(task, shared, list(items), what), key=lambda found: found[0])]
 
@@ -216,8 +215,9 @@ def _read_tables(job: Job) -> dict[str, Any]:
 def _read_events(job: Job) -> tuple[dict[str, Any], list[dict[str, int]]]:
     """Pass 1 -> row counts and the time of the log's newest row; what was settled in each partition."""
     units = job.units["interactions"]
-    log.info("prepare: %d pieces of the log into %d partitions", len(units), job.partitions)
-    read = _in_order(stage.read_events_unit, job, range(len(units)), "prepare: log, pieces")
+    groups = stage.groups_of_units(units)
+    log.info("prepare: %d pieces of the log, read by %d tasks, into %d partitions", len(units), len(groups), job.partitions)
+    read = _in_order(stage.read_events_units, job, groups, "prepare: log, tasks")
     _check_unit_of_time(job, [r for r in read if r["good"]])
     settled = _in_order(stage.settle_partition, job, range(job.partitions), "prepare: events, partitions")
     storage.delete(job.work("events"))

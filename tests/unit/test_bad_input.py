@@ -23,7 +23,7 @@ from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.data import events as stage
 from mtrec_ray.data import partition
 from mtrec_ray.data.lineage import DataError
-from mtrec_ray.data.sources import SourceError
+from mtrec_ray.data.sources import SourceError, Unit
 from tests import tiny
 
 START = 1_700_000_000_000
@@ -132,14 +132,37 @@ def test_one_bad_file_among_many_is_named(
 
 def test_a_file_that_vanishes_while_the_log_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = write(tmp_path, columns_of(), columns_of(start=START + 10**8))
-    read = stage.read_events_unit
+    read = stage.read_events_units
 
-    def vanishing(job: stage.Job, number: int) -> dict[str, Any]:
+    def vanishing(job: stage.Job, places: tuple[int, int]) -> dict[str, Any]:
         paths[0].unlink(missing_ok=True)
-        return read(job, number)
+        return read(job, places)
 
-    monkeypatch.setattr(stage, "read_events_unit", vanishing)
+    monkeypatch.setattr(stage, "read_events_units", vanishing)
     refused(tmp_path, SourceError, r"part-0\.parquet")
+
+
+def test_small_pieces_are_read_together_and_large_ones_alone() -> None:
+    def unit(rows: int | None, size: int | None = None) -> Unit:
+        return Unit(0, "f", 0, None, 0, rows, size)
+
+    million = stage.PIECE_ROWS
+    assert stage.groups_of_units([unit(million), unit(10), unit(10), unit(million - 5), unit(3)]) == [(0, 1), (1, 3), (3, 5)]
+    assert stage.groups_of_units([unit(None, 10 << 30), unit(None, 100), unit(None, None), unit(0)]) == [(0, 1), (1, 4)]
+    assert stage.groups_of_units([]) == []
+
+
+def test_many_small_files_give_what_one_file_gives(tmp_path: Path) -> None:
+    whole = columns_of(users=8, events=12)
+    whole["rating"][5] = 9.0
+    write(tmp_path / "a", whole)
+    n = len(whole["user_id"])
+    write(tmp_path / "b", *[{k: v[i : i + 4] for k, v in whole.items()} for i in range(0, n, 4)])
+    one, many = (tiny.prepare_locally(config_of(tmp_path / f), tmp_path / f / "data") for f in ("a", "b"))
+    assert one.manifest["rows"] == many.manifest["rows"] and one.manifest["test_sha256"] == many.manifest["test_sha256"]
+    assert storage.read_table(one.path("store")).equals(storage.read_table(many.path("store")))
+    [bad] = storage.read_table(many.path("quarantine")).to_pylist()
+    assert bad["file"].endswith("part-1.parquet") and bad["__row__"] == (1 << 40) + 1
 
 
 def test_ids_of_another_type_in_another_file_are_the_same_ids(tmp_path: Path) -> None:
