@@ -315,6 +315,10 @@ class Directory:
                 delete(join(self.root, old))
         return manifest
 
+    def amend(self, **meta: Any) -> None:
+        """Change what the manifest says beside its files."""
+        write_json(self._manifest_uri, self.manifest | meta)
+
     def _prefixes(self) -> Iterator[str]:
         filesystem, path = resolve(self.root)
         for info in filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)):

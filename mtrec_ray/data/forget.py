@@ -56,10 +56,13 @@ def _forget(run: str, directory: storage.Directory, user_ids: Sequence[str], oth
     covered = manifest["covered"] | {"forgotten": sorted(known)}
     out.bundles = trained_with([run, *others], {manifest["inputs"], *manifest["ancestors"]})
     wanted = pa.array(sorted(set(user_ids)), pa.string())
-    inputs = storage.fingerprint([manifest["inputs"], sorted(known)])
-    target = directory.begin(inputs)
     places = {int(n) for n in user_partition(wanted, manifest["partitions"])}
     numbers = {f"part-{n:05d}.parquet" for n in places}
+    if not _known(directory, wanted, numbers):  # data and what was trained on them stay as they are
+        directory.amend(covered=covered, covers=lineage.covers(covered))
+        return Forgotten()
+    inputs = storage.fingerprint([manifest["inputs"], sorted(known)])
+    target = directory.begin(inputs)
     targets: dict[str, int] = {}
     for name in manifest["files"]:
         kind, _, file = name.rpartition("/")
@@ -85,6 +88,17 @@ def _forget(run: str, directory: storage.Directory, user_ids: Sequence[str], oth
         shutil.rmtree(window_cache(storage.join(directory.root, earlier[:16])), ignore_errors=True)
     _forget_scores(run, wanted, out)
     return out
+
+
+def _known(directory: storage.Directory, wanted: pa.Array, numbers: set[str]) -> bool:
+    """Whether prepared data hold anything of the users."""
+    for name in directory.manifest["files"]:
+        kind, _, file = name.rpartition("/")
+        if kind == "quarantine" or (kind == "store" and file in numbers):
+            table = storage.read_table(directory.path(name), ["user_id", *(["raw"] if kind == "quarantine" else [])])
+            if not pc.all(_others(table, wanted)).as_py():
+                return True
+    return False
 
 
 def _others(table: pa.Table, wanted: pa.Array) -> pa.ChunkedArray:

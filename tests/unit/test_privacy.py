@@ -208,6 +208,29 @@ def test_the_next_preparation_leaves_a_forgotten_user_out_and_training_begins_an
     assert rows["forgotten"] > 0 and rows["events"] + rows["quarantined"] + rows["forgotten"] == rows["read"]
 
 
+def test_forgetting_a_stranger_changes_no_data_and_holds_for_later(run: Path) -> None:
+    before = storage.Directory(run / "run" / "data").manifest
+    assert forget(str(run / "run"), ["a stranger"]).bundles == []
+    after = storage.Directory(run / "run" / "data").manifest
+    assert (after["inputs"], after["files"]) == (before["inputs"], before["files"])  # nothing is trained again
+    assert tiny.prepare_locally(config_of(run), run / "run" / "data").manifest == after
+    with open(run / "log" / "part9.csv", "w") as file:
+        file.write("user,item,ts,click,rating,device\na stranger,i1,1700000000000,1,4,web\n")
+    again = tiny.prepare_locally(config_of(run), run / "run" / "data")
+    assert again.manifest["rows"]["forgotten"] == 1 and HistoryStore(str(run / "run" / "data")).get("a stranger") is None
+
+
+def test_a_running_store_turns_to_the_data_that_are_published_anew(run: Path) -> None:
+    """What it has in memory may be older until it meets a file that is gone; a known user never becomes unknown."""
+    store, version = HistoryStore(str(run / "run" / "data"), keep=1), ""
+    assert store.get("u3") is not None
+    forget(str(run / "run"), ["u7"])
+    for user in [f"u{n}" for n in range(24) if n != 7]:
+        assert store.get(user) is not None, user
+    version = storage.Directory(run / "run" / "data").manifest["inputs"][:16]
+    assert store.get("u7") is None and store.version == version
+
+
 def test_the_job_says_what_it_did_and_refuses_a_run_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert forget_job.main(["--run", str(run / "run"), "--user", "u7"]) == 0
     out = capsys.readouterr().out
