@@ -24,7 +24,6 @@ from mtrec_ray.data.lineage import Before, forgotten_hash
 from mtrec_ray.data.partition import hash_ids, user_partition
 from mtrec_ray.data.validate import (
     ITEM,
-    QUARANTINE,
     TIME,
     USER,
     event_schema,
@@ -40,6 +39,8 @@ from mtrec_ray.privacy import Pseudonyms
 ROW = sources.ROW
 PIECE_ROWS = 1 << 20
 """Rows that a task holds before they go to the shuffle's files."""
+BAD_ROWS = 1 << 17
+"""Bad rows that a task holds before they go to a quarantine file."""
 BYTES_PER_ROW = 40
 """Of a text file, whose rows nobody has counted."""
 
@@ -147,7 +148,7 @@ def read_events_units(job: Job, places: tuple[int, int]) -> dict[str, Any]:
     name = units[0].number
     held: list[pa.Table] = []
     rejected: list[pa.Table] = []
-    good_rows = forgotten = pieces = 0
+    good_rows = bad_rows = forgotten = pieces = 0
 
     def send() -> None:
         nonlocal pieces
@@ -156,6 +157,14 @@ def read_events_units(job: Job, places: tuple[int, int]) -> dict[str, Any]:
         shuffle.write_piece(job.work("events", f"unit-{name:06d}-{pieces:04d}.arrow"), table, part, job.partitions)
         pieces += 1
         held.clear()
+
+    def set_aside() -> None:
+        nonlocal bad_rows
+        bad = pa.concat_tables(rejected)
+        if len(bad):
+            storage.write_table(storage.join(job.prefix, "quarantine", f"part-{name:05d}-{bad_rows:010d}.parquet"), bad)
+        bad_rows += len(bad)
+        rejected.clear()
 
     now = time.time_ns() // 1_000_000
     earliest, latest = [], []
@@ -179,13 +188,14 @@ def read_events_units(job: Job, places: tuple[int, int]) -> dict[str, Any]:
             good_rows += len(good)
         if sum(map(len, held)) >= PIECE_ROWS:
             send()
+        if sum(map(len, rejected)) >= BAD_ROWS:
+            set_aside()
     if held:
         send()
-    quarantine = pa.concat_tables(rejected) if rejected else QUARANTINE.empty_table()
-    if len(quarantine):
-        storage.write_table(job.part("quarantine", name), quarantine)
+    if rejected:
+        set_aside()
     return {
-        "read": good_rows + len(quarantine) + forgotten,
+        "read": good_rows + bad_rows + forgotten,
         "good": good_rows,
         "forgotten": forgotten,
         "earliest": min(earliest, default=None),

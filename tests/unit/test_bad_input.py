@@ -165,6 +165,19 @@ def test_many_small_files_give_what_one_file_gives(tmp_path: Path) -> None:
     assert bad["file"].endswith("part-1.parquet") and bad["__row__"] == (1 << 40) + 1
 
 
+def test_bad_rows_are_set_aside_a_few_at_a_time_and_all_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = columns_of(users=8, events=30)
+    log["rating"] = [9.0 if i % 3 == 0 else r for i, r in enumerate(log["rating"])]
+    write(tmp_path, *[{k: v[i : i + 40] for k, v in log.items()} for i in range(0, 240, 40)])
+    at_once = tiny.prepare_locally(config_of(tmp_path, max_bad_share=0.5), tmp_path / "a")
+    monkeypatch.setattr(stage, "BAD_ROWS", 20)
+    bit_by_bit = tiny.prepare_locally(config_of(tmp_path, max_bad_share=0.5), tmp_path / "b")
+    assert len(storage.list_files(bit_by_bit.path("quarantine"))) > len(storage.list_files(at_once.path("quarantine"))) == 1
+    assert bit_by_bit.manifest["rows"] == at_once.manifest["rows"] and at_once.manifest["rows"]["quarantined"] == 80
+    a, b = (storage.read_table(d.path("quarantine")).sort_by([("__row__", "ascending")]) for d in (at_once, bit_by_bit))
+    assert a.equals(b)
+
+
 def test_ids_of_another_type_in_another_file_are_the_same_ids(tmp_path: Path) -> None:
     first, second = columns_of(), columns_of(start=START + 10**8)
     for columns in (first, second):
