@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def timed(config: RunConfig, out: Path, append: bool = False) -> tuple[float, di
     return time.perf_counter() - started, manifest
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.append")
     parser.add_argument("--events", type=lambda v: int(float(v)), default=10_000_000)
     parser.add_argument("--work", help="folder that keeps the log for another run")
@@ -56,7 +57,7 @@ def main() -> None:
         same = {key: whole[key] == grown[key] for key in ("rows", "cuts", "test_sha256", "covers")}
         for old in out:
             shutil.rmtree(old)
-    finish(
+    return finish(
         "append", appended / at_once, "seconds ÷ all at once", "<= 1, same result", appended < at_once and all(same.values()),
         {"events": args.events, "days": len(days), "at_once": at_once, "without_last_day": before, "appended": appended,
          "same": same, "windows_made": grown["windows_made"], "partitions": grown["partitions"], "rows": grown["rows"]},
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

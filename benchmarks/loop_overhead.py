@@ -70,7 +70,7 @@ def measure(settings: dict[str, Any]) -> float:
 
     from mtrec_ray.balancing.weights import build_balancer
     from mtrec_ray.training.feed import WindowCache
-    from mtrec_ray.training.loop import _Losses, build_optimizer, train_step
+    from mtrec_ray.training.loop import _Losses, build_optimizer, distribute, train_step
     from mtrec_ray.training.worker import build_feed, build_model
 
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def measure(settings: dict[str, Any]) -> float:
     losses: Any = _Losses(model, build_balancer(config.balancing, [t.weight for t in config.tasks.values()]))
     optimizer = build_optimizer(losses, config.train)
     if settings["distributed"]:
-        losses = torch.nn.parallel.DistributedDataParallel(losses)
+        losses = distribute(losses)
     cache = WindowCache.open(WindowCache.build(settings["windows"], settings["cache"]))
     steps = build_feed(config, schema, cache, 0, 1).epoch(0)
     if settings["memory"]:

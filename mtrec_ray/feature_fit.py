@@ -103,6 +103,8 @@ def _fit_numbers(spec: NumericalSpec, bins: int, values: NDArray[np.float64]) ->
         edges = np.unique(np.quantile(values, np.arange(1, bins) / bins, method="inverted_cdf"))
         return spec.model_copy(update=fitted | {"edges": tuple(edges[edges < values.max()].tolist())})
     values = np.sort(signed_log(values) if spec.transform == "log" else values)
-    mean, std = float(values.mean()), float(values.std())
-    constant = values[0] == values[-1]
+    # in units of a power of two near the largest, so that no square overflows or vanishes
+    scale = 2.0 ** (np.frexp(np.abs(values).max())[1] - 1)
+    mean, std = (float(x * scale) for x in ((values / scale).mean(), (values / scale).std()))
+    constant = values[0] == values[-1] or std == 0
     return spec.model_copy(update=fitted | {"mean": float(values[0]) if constant else mean, "std": 1.0 if constant else std})

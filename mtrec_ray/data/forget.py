@@ -84,8 +84,9 @@ def _forget(run: str, directory: storage.Directory, user_ids: Sequence[str], oth
         meta[counts] = {n: c for n, c in manifest[counts].items() if int(n) not in places}
     meta |= {"covered": covered, "covers": lineage.covers(covered), "rows": rows, "ancestors": ancestors}
     directory.publish(inputs, **meta)
-    for earlier in ancestors:
-        shutil.rmtree(window_cache(storage.join(directory.root, earlier[:16])), ignore_errors=True)
+    for earlier in ancestors:  # data that were appended to may have been trained on too
+        for split in ("train", "valid"):
+            shutil.rmtree(window_cache(storage.join(directory.root, earlier[:16]), split), ignore_errors=True)
     _forget_scores(run, wanted, out)
     return out
 

@@ -167,6 +167,7 @@ def quarantine_broken(file: str, broken: list[tuple[int, str]], data: DataConfig
 def _check_label(name: str, label: LabelConfig, values: NDArray[np.float64], present: NDArray[np.bool_], mark: _Mark) -> None:
     """Mark the values of a label that cannot be, where it is present."""
     mark(present & ~np.isfinite(values), f"{name} is not a number")
+    mark(present & (np.abs(values) > np.finfo(np.float32).max), f"{name} is too large for a 32-bit number")
     if label.kind == "binary":
         mark(present & (values != 0) & (values != 1), f"{name} is not 0 or 1")
     _check_limits(name, label.min, label.max, values, present, mark)

@@ -23,6 +23,8 @@ class Recommender(nn.Module):
     part of the weights.
     """
 
+    text_NE: Tensor | None
+
     def __init__(self, config: RunConfig, schema: LogSchema, text_NE: Tensor | None) -> None:
         super().__init__()
         self.schema = schema

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from mtrec_ray.config import ModelConfig
+from mtrec_ray.features import LIMIT
 from mtrec_ray.models.batch import GAP_BUCKETS, SESSION_BUCKETS, HistoryBatch
 from mtrec_ray.models.features import FeatureEmbedding
 from mtrec_ray.schema import ActionSpec, LogSchema
 
 
 class ActionEmbedding(nn.Module):
-    """An action as a vector: an embedding of its value if it has few, else its standardised value."""
+    """An action as a vector: an embedding of its value if it has few, else its standardised value, cut like a feature's."""
 
     values: Tensor
 
@@ -34,7 +35,7 @@ class ActionEmbedding(nn.Module):
             place = torch.searchsorted(self.values, torch.nan_to_num(value)).clamp(max=len(self.values) - 1)
             known = ~missing & (self.values[place] == value)
             return self.embedding(torch.where(known, place + 1, 0))  # type: ignore[no-any-return]
-        standard = torch.where(missing, 0.0, (value - self.spec.mean) / self.spec.std)
+        standard = torch.where(missing, 0.0, (value - self.spec.mean) / self.spec.std).clamp(-LIMIT, LIMIT)
         return self.embedding((~missing).long()) + self.linear(standard[..., None])  # type: ignore[no-any-return]
 
 

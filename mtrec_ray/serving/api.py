@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtrec_ray.features import FeatureError, FeatureSpec
@@ -18,6 +19,8 @@ Value = Scalar | list[Scalar]
 """A feature's value: text or a number, a list of them, or null."""
 MAX_EVENTS = 5_000
 MAX_ITEMS = 10_000
+MAX_ACTION = float(np.finfo(np.float32).max)
+"""The model reads float32."""
 
 
 class BadRequestError(ValueError):
@@ -144,9 +147,11 @@ def inline_history(events: list[Event], schema: LogSchema) -> History:
     actions, columns = [a.name for a in schema.actions], {c.name: c for c in schema.context}
     once: dict[str, Event] = {}
     for place, event in enumerate(events):
-        for name in event.actions:
+        for name, value in event.actions.items():
             if name not in actions:
                 raise BadRequestError(f"history[{place}]: unknown action {name!r}; known are {actions}")
+            if value is not None and not abs(value) <= MAX_ACTION:
+                raise BadRequestError(f"history[{place}]: actions.{name}: expected a finite number, found {value!r}")
         check_context(event.context, columns, f"history[{place}]: ")
         once.setdefault(event.event_id if event.event_id is not None else f"\0{place}", event)
     ordered = sorted(once.values(), key=lambda e: e.timestamp)

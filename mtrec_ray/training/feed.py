@@ -149,13 +149,15 @@ class WindowCache:
             return padded(self.columns[name][flat], length)
         return self.columns[name][index]
 
-    def describe(self, index: NDArray[np.int64]) -> list[str]:
-        """Windows in words, for messages: user, number of the window, first row of the log among its targets."""
+    def describe(self, index: NDArray[np.int64], schema: LogSchema) -> list[str]:
+        """Windows in words, for messages: user (unless sensitive), number of the window, first row of the log among its targets."""
+        secret = "user_id" in schema.sensitive
         offsets, rows = self.offsets["target"], self.columns["target_row"]
         found = []
         for i in index.tolist():
             first = f"targets from log row {rows[offsets[i]]}" if offsets[i] < offsets[i + 1] else "no targets"
-            found.append(f"user {self.user_ids[i].as_py()!r} window {self.columns['window'][i]} ({first})")
+            user = "(withheld)" if secret else repr(self.user_ids[i].as_py())
+            found.append(f"user {user} window {self.columns['window'][i]} ({first})")
         return found
 
 
@@ -329,4 +331,4 @@ class CachedFeed:
             ]
 
     def rows(self, epoch: int, step: int, together: bool = False) -> list[str]:
-        return self.cache.describe(np.sort(self._whole(self._order(epoch), step)))
+        return self.cache.describe(np.sort(self._whole(self._order(epoch), step)), self.schema)

@@ -48,8 +48,10 @@ class FiniteLoss:
         step = int(self.step)
         if step >= 0:
             tasks = [n for n, bad in zip(self.tasks, self.bad_T.tolist(), strict=True) if bad]
+            all_at_once = len(tasks) == len(self.tasks) and step > 0
+            update = f"All tasks at once: the update of step {step - 1} may have broken the weights. " if all_at_once else ""
             raise TrainingStopped(
-                f"epoch {epoch}, step {step}: the loss of {tasks} is not finite. Lower train.learning_rate, set "
+                f"epoch {epoch}, step {step}: the loss of {tasks} is not finite. {update}Lower train.learning_rate, set "
                 f"train.clip_norm, or look at the labels of these rows. {kept()}. {describe(feed.rows(epoch, step, True))}"
             )
 

@@ -109,6 +109,11 @@ def train_step(losses: nn.Module, model: Recommender, optimizer: torch.optim.Opt
     return Step(distributed.all_reduce_sum(total_T), count_T, size_2)
 
 
+def distribute(losses: nn.Module) -> nn.Module:
+    """Under DDP where there is a process group. No buffer changes in training: none is sent around at every step."""
+    return DistributedDataParallel(losses, forward_sync_buffers=False) if distributed.is_distributed() else losses
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019); no decay on biases, norms and learned task weights."""
     decay = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
@@ -142,9 +147,16 @@ class Training:
         self.optimizer = build_optimizer(self.losses, train)
         self.scheduler = build_scheduler(self.optimizer, train, train.epochs * steps_per_epoch)
         ema = get_ema_multi_avg_fn(train.ema) if train.ema else None  # type: ignore[no-untyped-call]
+        text_NE, model.text_NE = model.text_NE, None  # it never changes: no copy of it, here or at every step
         self.average = AveragedModel(model, multi_avg_fn=ema) if ema else None
+        model.text_NE = text_NE
+        self.share_text()
         self.progress = Progress()
         self.best_state: dict[str, Tensor] = {}
+
+    def share_text(self) -> None:
+        """Let the average read the model's text vectors."""
+        self.kept.text_NE = self.model.text_NE
 
     def state(self) -> dict[str, Any]:
         return {
@@ -192,7 +204,7 @@ def fit(
         run.restore(resumed)
         if rank == 0:
             log.info("resumed at epoch %d, step %d", run.progress.epoch, run.progress.step)
-    wrapped = DistributedDataParallel(run.losses) if distributed.is_distributed() else run.losses
+    wrapped = distribute(run.losses)
     progress = run.progress
 
     def kept() -> str:
@@ -247,6 +259,7 @@ def fit(
             run.kept.eval()
             valid = evaluate(run.kept)
             run.kept.to(device)  # evaluation moves it to the CPU
+            run.share_text()
             scalars |= {f"valid/{t}/{m}": v for t, ms in valid.items() for m, v in ms.items()}
             value = _monitored(valid, train.monitor)
             if value > progress.best_value:

@@ -134,5 +134,6 @@ class StreamFeed:
 
     def rows(self, epoch: int, step: int, together: bool) -> list[str]:
         """This rank's windows; those of all ranks when they ask together."""
-        mine = [w for e, s, cache, index in self._recent if (e, s) == (epoch, step) for w in cache.describe(np.sort(index))]
+        found = [(cache, index) for e, s, cache, index in self._recent if (e, s) == (epoch, step)]
+        mine = [w for cache, index in found for w in cache.describe(np.sort(index), self.schema)]
         return [w for rank in distributed.gather_objects(mine) for w in rank] if together else mine

@@ -34,10 +34,17 @@ def load_schema(data_prefix: str) -> LogSchema:
     return LogSchema.model_validate_json(storage.read_bytes(storage.join(data_prefix, "schema.json")))
 
 
-def window_cache(data_prefix: str) -> Path:
-    """Where this machine keeps the memory-mapped training windows of prepared data."""
-    train_uri = storage.join(data_prefix, "windows", "train")
-    return Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / storage.sha256(train_uri)[:16]
+def window_cache(data_prefix: str, split: str) -> Path:
+    """Where this machine keeps the memory-mapped windows of prepared data."""
+    uri = storage.join(data_prefix, "windows", split)
+    key = storage.sha256(f"{storage.SCHEMA_VERSION} {uri}")[:16]
+    return Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / key
+
+
+def mapped_windows(data_prefix: str, split: str) -> WindowCache:
+    """The windows of a split, memory-mapped on this machine."""
+    folder = WindowCache.build(storage.join(data_prefix, "windows", split), window_cache(data_prefix, split))
+    return WindowCache.open(folder)
 
 
 def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | None) -> Recommender:
@@ -127,9 +134,8 @@ def run_worker(
     if config.train.feed == "stream":
         feed = build_stream(config, schema, train_uri, tables or file_tables(train_uri, config.seed, rank, world), rank, world)
     else:
-        folder = WindowCache.build(train_uri, window_cache(data_prefix))
-        feed = build_feed(config, schema, WindowCache.open(folder), rank, world)
-    valid = WindowCache.from_table(storage.read_table(storage.join(data_prefix, "windows", "valid")))
+        feed = build_feed(config, schema, mapped_windows(data_prefix, "train"), rank, world)
+    valid = mapped_windows(data_prefix, "valid")
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
     model.item_tower.residual.name_items(hash_ids(catalogue["item_id"].slice(0, schema.n_train_items)))
@@ -155,4 +161,9 @@ def main() -> None:
     checkpoints = Checkpoints(args.out, run_identity(config, data, text))
     run_worker(config, data.prefix, None if text is None else text.prefix, lambda *_: None, checkpoints)
     if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still writes
         dist.destroy_process_group()
+        # threads of gloo or Arrow can outlive the interpreter and abort a process that has ended well (seen once in some
+        # thirty runs: "terminate called without an active exception"); everything is written by now
+        logging.shutdown()
+        os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -53,6 +54,15 @@ def test_an_inline_history_is_sorted_in_time_and_counts_each_event_once(tiny_run
     assert list(history.item_ids) == ["i1", "i2", "i3", "i3"]
     assert math.isnan(history.actions["click"][0]) and history.actions["click"][1] == 1
     assert list(history.context["device"]) == ["web", None, None, None]
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN", "1e39"])
+def test_an_action_that_is_no_number_for_the_model_is_refused_with_its_place(tiny_run: TinyRun, value: str) -> None:
+    body = f'{{"history": [{{"item_id": "i1", "timestamp": 1, "actions": {{"rating": {value}}}}}]}}'
+    request = api.RecommendRequest.model_validate(json.loads(body))  # as the web framework reads it
+    assert request.history is not None
+    with pytest.raises(api.BadRequestError, match=r"^history\[0\]: actions\.rating: expected a finite number"):
+        api.inline_history(request.history, tiny_run.predictor.schema)
 
 
 def test_an_action_that_the_log_does_not_have_is_refused_with_its_place(tiny_run: TinyRun) -> None:

@@ -117,6 +117,16 @@ def test_standard_numbers_by_hand() -> None:
     np.testing.assert_allclose(z, [0, 2 / math.sqrt(8 / 3), np.nan, np.nan, LIMIT], rtol=1e-6)
 
 
+@pytest.mark.parametrize("values", [[1.0, 1e200], [1e308, 1e308, -1e308], [1e-200, 2e-200, 3e-200], [0.0, 5e-324], [0.0, 0.0]])
+def test_numbers_whose_squares_overflow_or_vanish_are_fitted_and_can_be_stored(values: list[float]) -> None:
+    spec = fitted(feature(kind="numerical"), values, pa.float64())
+    assert NumericalSpec.model_validate_json(spec.model_dump_json()) == spec
+    z = spec.encode(values)
+    assert np.isfinite(z).all() and (np.abs(z) <= 2).all()
+    if values[0] not in (values[-1], 0.0):
+        assert z.std() == pytest.approx(1, rel=1e-6)
+
+
 def test_log_numbers_keep_their_sign() -> None:
     spec = fitted(feature(kind="numerical", transform="log"), [math.e - 1, 1 - math.e, 0.0], pa.float64())
     assert (spec.mean, spec.std) == (pytest.approx(0, abs=1e-12), pytest.approx(math.sqrt(2 / 3)))

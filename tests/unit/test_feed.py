@@ -263,6 +263,14 @@ def test_the_ranks_of_any_world_share_the_same_global_batches(world: int, batch_
     assert [sorted(w for rank in ranks for w in windows_in(rank[s])) for s in range(len(alone))] == alone
 
 
+def test_windows_are_named_by_user_number_and_row_and_a_sensitive_user_is_not(cache: WindowCache) -> None:
+    index = np.array([0, len(cache) - 1])
+    plain = cache.describe(index, SCHEMA)
+    assert [w.split(" window ")[0] for w in plain] == ["user 'a'", "user 'g'"]
+    secret = cache.describe(index, SCHEMA.model_copy(update={"sensitive": ("rating", "user_id")}))
+    assert secret == [w.replace("'a'", "(withheld)").replace("'g'", "(withheld)") for w in plain]
+
+
 def test_a_rank_without_windows_still_takes_part_with_an_empty_batch(cache: WindowCache) -> None:
     few = WindowCache.from_table(pa.concat_tables(parts()).slice(0, 2))
     pairs = PairSampler(2, 100, 1.0, 0)

@@ -122,6 +122,12 @@ def test_an_action_missing_is_not_an_action_of_zero(model: Recommender) -> None:
         assert not torch.allclose(missing, zero)
 
 
+def test_a_wild_action_does_not_drown_the_state(model: Recommender) -> None:
+    rating = model.tokens.actions["rating"]
+    high, higher, highest = rating(torch.tensor([1e3, 1e30, float("inf")]))
+    assert torch.isfinite(high).all() and torch.equal(high, higher) and torch.equal(high, highest)
+
+
 def test_tokens_change_with_every_part_of_an_event(model: Recommender, cache: WindowCache) -> None:
     batch = collate(cache, np.array([int(np.argmax(np.diff(cache.offsets["history"])))]), model.schema).history
     base = model.tokens(model.item_vectors(), batch)

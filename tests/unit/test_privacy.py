@@ -19,7 +19,9 @@ from mtrec_ray.data.forget import forget
 from mtrec_ray.evaluation.reduce import MAX_CLASSES
 from mtrec_ray.privacy import PseudonymKeyError, Pseudonyms
 from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.training.worker import mapped_windows, window_cache
 from tests import tiny
+from tests.unit.test_append import append
 
 KEY = "a key of 24 bytes, or so"
 ENV = PseudonymConfig(key_env="MTREC_TEST_KEY")
@@ -187,6 +189,21 @@ def test_a_forgotten_user_is_in_no_file_of_the_run(run: Path) -> None:
     assert rows["events"] + rows["quarantined"] + rows["forgotten"] == rows["read"] == old["read"]
     assert HistoryStore(str(run / "run" / "data")).get("u7") is None
     assert storage.read_json(run / "run" / "scores" / "_manifest.json")["counts"]["rows"] == 23
+
+
+def test_the_machines_copies_of_windows_go_too_also_those_of_data_before_an_append(run: Path) -> None:
+    folders = []
+    for again in (False, True):
+        if again:
+            (run / "log" / "part9.csv").write_text("user,item,ts,click,rating,device\nu3,i1,1800000000000,1,4,web\n")
+            append(config_of(run), run / "run" / "data")
+        prefix = storage.Directory(run / "run" / "data").prefix
+        for split in ("train", "valid"):
+            mapped_windows(prefix, split)
+            folders.append(window_cache(prefix, split))
+    assert len(set(folders)) == 4 and all(f.exists() for f in folders)
+    forget(str(run / "run"), ["u7"])
+    assert not any(f.exists() for f in folders)
 
 
 def test_the_bundles_that_were_trained_with_the_user_are_listed(run: Path) -> None:

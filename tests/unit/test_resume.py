@@ -319,12 +319,19 @@ def test_workers_are_a_number_or_a_range(tiny_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda raw: None, everything])
-def test_no_draw_depends_on_the_generators_state(tiny_run: TinyRun, change: Callable[[dict[str, Any]], None]) -> None:
+def test_no_draw_depends_on_the_generators_state(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]
+) -> None:
     config = tiny.make_config(tiny_run.folder, lambda raw: (change(raw), raw["train"].update(epochs=1)))  # type: ignore[func-returns-value]
-    states = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        states.append(run_worker(config, tiny_run.data.prefix, None, lambda *_: torch.rand(3)).best_state)  # type: ignore[arg-type, return-value]
+    original, states = feed.collate, []
+    for number in (1, 2):
+
+        def collate(*args: Any, number: int = number, **kw: Any) -> Any:
+            torch.rand(number)  # somebody else draws between the steps
+            return original(*args, **kw)
+
+        monkeypatch.setattr(feed, "collate", collate)
+        states.append(run_worker(config, tiny_run.data.prefix, None, lambda *_: None).best_state)
     same(states[0], states[1])
 
 
@@ -433,6 +440,24 @@ def test_an_update_that_breaks_the_weights_is_never_kept(
     assert message.startswith(f"epoch 0, step {2 * EVERY - 1}: the losses are finite, but the update left weights that are not")
     found = Checkpoints(tmp_path).load()
     assert found is not None and found["progress"]["step"] == EVERY
+
+
+def test_an_update_that_breaks_the_weights_between_checkpoints_is_named_at_the_next_step(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.train_step
+
+    def breaks(losses: Any, model: Any, *args: Any) -> Any:
+        found = original(losses, model, *args)
+        if args[1][0].step == EVERY:
+            for parameter in model.parameters():
+                parameter.data.fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(loop, "train_step", breaks)
+    message = stopped(tiny.make_config(tiny_run.folder, everything), tiny_run.data.prefix, tmp_path)
+    assert message.startswith(f"epoch 0, step {EVERY + 1}: the loss of ")
+    assert f"All tasks at once: the update of step {EVERY} may have broken the weights." in message
 
 
 def test_windows_that_go_missing_stop_the_run(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

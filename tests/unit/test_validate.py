@@ -162,6 +162,7 @@ def test_an_empty_table_gives_two_empty_tables() -> None:
         ({"timestamp": "inf"}, "timestamp is outside 1970 to 2200 (time_unit ms)"),
         ({"timestamp": "7258118400001"}, "timestamp is outside 1970 to 2200 (time_unit ms)"),
         ({"rating": "good"}, "rating is not a number"),
+        ({"rating": "1e39"}, "rating is too large for a 32-bit number"),
         ({"rating": "4,5"}, "rating is not a number"),
         ({"rating": "nan"}, "rating is not a number"),
         ({"rating": "inf"}, "rating is not a number"),

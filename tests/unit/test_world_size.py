@@ -12,14 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
 
 from mtrec_ray import storage
 from mtrec_ray.balancing.weights import build_balancer
 from mtrec_ray.config import RunConfig
 from mtrec_ray.training import distributed
 from mtrec_ray.training.feed import WindowCache
-from mtrec_ray.training.loop import _Losses, build_optimizer, train_step
+from mtrec_ray.training.loop import Training, _Losses, build_optimizer, distribute, train_step
 from mtrec_ray.training.worker import build_feed, build_model, load_schema
 from tests import tiny
 from tests.conftest import TinyRun
@@ -43,7 +42,7 @@ def updated(config: RunConfig, prefix: str, rank: int, world: int, only_last_rat
     feed = build_feed(config, schema, cache, rank, world)
     losses: Any = _Losses(model, build_balancer(config.balancing, [t.weight for t in config.tasks.values()]))
     optimizer = torch.optim.SGD(losses.parameters(), lr=0.1)
-    wrapped = DistributedDataParallel(losses) if world > 1 else losses
+    wrapped = distribute(losses)
     missing = False
     for step, micro in enumerate(feed.epoch(0)):
         if step == STEPS:
@@ -104,6 +103,37 @@ def test_accumulation_makes_the_same_update_as_one_batch(tiny_run: TinyRun) -> N
     one, four = with_accumulation(1), with_accumulation(4)
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=1e-5, atol=1e-6)
+
+
+def with_text(config: RunConfig, prefix: str) -> Any:
+    schema = load_schema(prefix)
+    return build_model(config, schema, torch.nn.functional.normalize(torch.ones(schema.n_items, 6), dim=-1)).train()
+
+
+def test_no_buffer_is_sent_around_in_a_step(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text vectors of the whole catalogue are one."""
+    config, schema = tiny_run.config, load_schema(tiny_run.data.prefix)
+    cache = WindowCache.from_table(storage.read_table(storage.join(tiny_run.data.prefix, "windows", "train")))
+    losses: Any = _Losses(with_text(config, tiny_run.data.prefix), build_balancer(config.balancing, [1.0] * len(config.tasks)))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped: Any = distribute(losses)
+        assert wrapped.modules_buffers
+        monkeypatch.setattr(type(wrapped), "_sync_buffers", lambda self: pytest.fail("buffers are sent around"))
+        micro = next(iter(build_feed(config, schema, cache, 0, 1).epoch(0)))
+        train_step(wrapped, losses.model, build_optimizer(losses, config.train), micro)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_moving_average_has_no_text_vectors_of_its_own(tiny_run: TinyRun) -> None:
+    config = tiny.make_config(tiny_run.folder, lambda raw: raw["train"].update(ema=0.5))
+    model = with_text(config, tiny_run.data.prefix)
+    text_NE = model.text_NE
+    run = Training(config, model, 1, torch.device("cpu"))
+    assert run.average is not None
+    run.average.update_parameters(model)
+    assert model.text_NE is text_NE and run.kept.text_NE is text_NE and run.kept is not model
 
 
 def test_an_uncertainty_weight_rests_while_its_task_has_no_labels() -> None:
