@@ -1,7 +1,8 @@
 """prepare: sources -> validated events -> id map and fitted transforms -> windows, as Ray Data jobs.
 
 Each step is a set of independent tasks, one per piece, that write files named by the piece (a task that is run again
-writes the same file again) and return counts. The driver holds counts and samples, never rows or ids.
+writes the same file again) and return counts. The driver holds counts and samples, and eight bytes per item where
+unknown items are quarantined; never rows or ids.
 
   1. events.py   units of the log are read and validated, bad rows quarantined, good rows sent to their user's
                  partition (shuffle.py); partitions are sorted, duplicates quarantined   -> events/part-*.parquet
@@ -69,16 +70,16 @@ def _prepare(config: RunConfig, directory: storage.Directory, append: bool) -> s
     if published is not None and published["covers"] == covers:
         log.info("prepare: reused %s", directory.root)
         return directory
-    before, all_units = None, len(units["interactions"])
+    before, inputs, key, units_before = None, covers, None, 0
     if append and published is not None:
         before, units["interactions"] = lineage.appended(parts, published, directory.prefix, units["interactions"])
-        all_units = int(published["units"]) + len(units["interactions"])
-        log.info("prepare: %d new piece(s) of the log join %d", len(units["interactions"]), published["units"])
-    inputs = covers if published is None or before is None else storage.fingerprint([covers, published["inputs"]])
-    key = None if published is None or before is None else published["pseudonym_key"]
+        inputs, key = storage.fingerprint([covers, published["inputs"]]), published["pseudonym_key"]
+        units_before, partitions = int(published["units"]), int(published["partitions"])
+        log.info("prepare: %d new piece(s) of the log join %d", len(units["interactions"]), units_before)
+    else:
+        partitions = _partitions(config, units["interactions"])
     pseudonyms = None if config.data.pseudonyms is None else Pseudonyms.load(config.data.pseudonyms, key)
     lineage.check_forgotten(directory.root, None if pseudonyms is None else pseudonyms.fingerprint)
-    partitions = _partitions(config, units["interactions"]) if published is None or before is None else published["partitions"]
     job = Job(
         config, directory.begin(inputs), partitions, units, pseudonyms=pseudonyms, forgotten=lineage.forgotten(directory.root),
         before=before,
@@ -94,7 +95,8 @@ def _prepare(config: RunConfig, directory: storage.Directory, append: bool) -> s
     paths = (before.files if before else {}) | {u.file_index: u.path for u in units["interactions"]}
     order = [paths.get(i, "") for i in range(max(paths, default=-1) + 1)]  # a file without a row group has a place too
     directory.publish(
-        inputs, kind="data", covers=covers, covered=parts, partitions=partitions, order=order, units=all_units, ancestors=ancestors,
+        inputs, kind="data", covers=covers, covered=parts, partitions=partitions, order=order, ancestors=ancestors,
+        units=units_before + len(units["interactions"]),
         generation=before.generation if before else 0, test_sha256=_test_hash(job.prefix, facts["rows"]), **facts,
     )  # fmt: skip
     log.info("prepare: %s", facts["rows"])
@@ -126,8 +128,8 @@ def _partitions(config: RunConfig, units: list[sources.Unit]) -> int:
     if config.data.partitions is not None:
         return config.data.partitions
     counted = sum(u.rows or 0 for u in units)
-    text = {u.path: (u.size or 0) * (1 if u.path.endswith((".csv", ".jsonl", ".inter", ".data", ".dat")) else 3)
-            for u in units if u.rows is None}  # fmt: skip
+    packed = (".gz", ".zst", ".bz2")  # about three times as large once read
+    text = {u.path: (u.size or 0) * (3 if u.path.endswith(packed) else 1) for u in units if u.rows is None}
     needed = -(-(counted + sum(text.values()) // stage.BYTES_PER_ROW) // _EVENTS_PER_PARTITION)
     return max(2, needed if needed < 4 else -(-needed // 4) * 4)
 
