@@ -231,7 +231,7 @@ class Predictor:
         state = state_BD[:, None, :].expand(B, K, -1)
         context_B = context_B | {n: v.expand(B, *v.shape[1:]) for n, v in self.fixed.items()}
         shared = self.model.share(state, item_vec, context_B)
-        return {name: task.predict(shared) for name, task in self.model.pointwise.items()}
+        return {name: task.predict(shared[name]) for name, task in self.model.pointwise.items()}
 
     def finalise(self, candidates: Candidates, predictions: dict[str, Tensor], k: int) -> Ranked:
         """The final order: Σ w·g over the candidates, ties by catalogue position; cut to k.

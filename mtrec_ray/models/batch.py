@@ -28,6 +28,8 @@ class HistoryBatch:
     """int64, events shown."""
     gap_BS: Tensor
     """int64 bucket of the time since the event before."""
+    time_BS: Tensor
+    """int64 ms UTC; 0 where padded."""
     actions_BS: dict[str, Tensor] = field(default_factory=dict)
     """float32 per action; NaN is missing."""
     context_BS: dict[str, Tensor] = field(default_factory=dict)
@@ -141,6 +143,7 @@ def collate_history(
         item_BS=pad(item, np.int64),
         length_B=torch.from_numpy(length.astype(np.int64)),
         gap_BS=pad(gap_bucket(time, first), np.int64),
+        time_BS=pad(time, np.int64),
         actions_BS={n: pad(v, np.float32, np.nan) for n, v in actions.items()},
         context_BS={n: pad_feature(v) for n, v in context.items()},
         session_BS=None if session_gap_ms is None else pad(session_bucket(time, first, session_gap_ms), np.int64),

@@ -9,9 +9,9 @@ from mtrec_ray.config import RunConfig
 from mtrec_ray.models.batch import Batch, HistoryBatch
 from mtrec_ray.models.features import FeatureEmbedding
 from mtrec_ray.models.item_tower import ItemTower
-from mtrec_ray.models.sharing import SharedBottom
+from mtrec_ray.models.sharing import build_sharing
 from mtrec_ray.models.tokens import EventTokens
-from mtrec_ray.models.trunk import Trunk
+from mtrec_ray.models.trunks import build_trunk
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks import Forward, PointwiseTask, Profile, Retrieval, Similarity, Task, build_task
 
@@ -32,11 +32,13 @@ class Recommender(nn.Module):
         self.register_buffer("text_NE", text_NE, persistent=False)
         self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)
         self.tokens = EventTokens(config.model, schema)
-        self.trunk = Trunk(config.model, schema.window)
+        self.trunk = build_trunk(config.model, schema.window)
         context_width = 8
         self.request_context = nn.ModuleDict({c.name: FeatureEmbedding(c, context_width, 1.0) for c in schema.request_features})
-        self.sharing = SharedBottom(config.model, context_width * len(schema.request_features))
-        self.tasks = nn.ModuleDict({n: build_task(n, t, schema, config.model) for n, t in config.tasks.items()})
+        tasks = {n: build_task(n, t, schema, config.model) for n, t in config.tasks.items()}
+        pointwise = [n for n, t in tasks.items() if t.pointwise]
+        self.sharing = build_sharing(config.model, pointwise, context_width * len(schema.request_features))
+        self.tasks = nn.ModuleDict(tasks)
 
     # -- tasks by kind
 
@@ -70,18 +72,18 @@ class Recommender(nn.Module):
         """Sum of losses per task over this rank's batch -> loss_sum_T."""
         targets = batch.targets
         item_vec_ND = self.item_tower(self.text_NE, self.schema.n_train_items, batch.step)
-        state_BLD = self.trunk(self.tokens(item_vec_ND, batch.history))
-        shared_MH = None
+        state_BLD = self.states(item_vec_ND, batch.history)
+        shared: dict[str, Tensor] = {}
         if self.pointwise:
             state_MD = state_BLD[targets.window_M, targets.pos_M]
-            shared_MH = self.share(state_MD, item_vec_ND[targets.item_M], targets.context_M)
-        forward = Forward(state_BLD, item_vec_ND, shared_MH)
+            shared = self.share(state_MD, item_vec_ND[targets.item_M], targets.context_M)
+        forward = Forward(state_BLD, item_vec_ND, shared)
         return torch.stack([t.loss_sum(forward, batch) for t in self.task_list])
 
     # -- inference
 
-    def share(self, state: Tensor, item_vec: Tensor, context: dict[str, Tensor]) -> Tensor:
-        """(state, item vector, request context) of targets, or of B requests with K items each -> (..., H).
+    def share(self, state: Tensor, item_vec: Tensor, context: dict[str, Tensor]) -> dict[str, Tensor]:
+        """(state, item vector, request context) of targets, or of B requests with K items each -> task: (..., H).
 
         state and item_vec: (M, D) or (B, K, D); context: encoded features of M targets or B requests.
         """
@@ -96,7 +98,11 @@ class Recommender(nn.Module):
         """Vectors of the whole catalogue at inference -> item_vec_ND."""
         return self.item_tower(self.text_NE, self.schema.n_items)  # type: ignore[no-any-return]
 
+    def states(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
+        """Histories -> state_BLD."""
+        return self.trunk(self.tokens(item_vec_ND, history), history.time_BS)  # type: ignore[no-any-return]
+
     def encode(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         """Histories -> the state after each one's last event, state_BD."""
-        state_BLD = self.trunk(self.tokens(item_vec_ND, history))
+        state_BLD = self.states(item_vec_ND, history)
         return state_BLD[torch.arange(len(history), device=state_BLD.device), history.length_B]  # type: ignore[no-any-return]

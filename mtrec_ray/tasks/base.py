@@ -19,8 +19,8 @@ class Forward:
     state_BLD: Tensor
     item_vec_ND: Tensor
     """Vectors of the training catalogue."""
-    shared_MH: Tensor | None
-    """Output of the sharing layers per target; None when no task is pointwise."""
+    shared: dict[str, Tensor]
+    """Output of the sharing layers per pointwise task, (M, H)."""
 
 
 class Task(nn.Module):

@@ -22,10 +22,9 @@ class Binary(PointwiseTask):
         return (~torch.isnan(batch.targets.labels_M[self.label])).sum()
 
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
-        assert forward.shared_MH is not None
         y = batch.targets.labels_M[self.label]
         valid = ~torch.isnan(y)
-        logit = self.head(forward.shared_MH[valid]).squeeze(-1)
+        logit = self.head(forward.shared[self.name][valid]).squeeze(-1)
         return F.binary_cross_entropy_with_logits(logit, y[valid], reduction="sum")
 
     def predict(self, shared: Tensor) -> Tensor:

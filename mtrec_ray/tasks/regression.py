@@ -23,10 +23,9 @@ class Regression(PointwiseTask):
         return (~torch.isnan(batch.targets.labels_M[self.label])).sum()
 
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
-        assert forward.shared_MH is not None
         y = batch.targets.labels_M[self.label]
         valid = ~torch.isnan(y)
-        error = self.head(forward.shared_MH[valid]).squeeze(-1) - (y[valid] - self.mean) / self.std
+        error = self.head(forward.shared[self.name][valid]).squeeze(-1) - (y[valid] - self.mean) / self.std
         return error.square().sum()
 
     def predict(self, shared: Tensor) -> Tensor:

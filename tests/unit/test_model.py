@@ -30,11 +30,11 @@ def model(tiny_run: TinyRun) -> Recommender:
 def test_a_later_event_never_changes_an_earlier_state(model: Recommender, cache: WindowCache) -> None:
     batch = collate(cache, np.arange(4), model.schema)
     item_vec = model.item_vectors()
-    before = model.trunk(model.tokens(item_vec, batch.history))
+    before = model.states(item_vec, batch.history)
     S = batch.history.item_BS.shape[1]
     for position in range(S):
         batch.history.item_BS[:, position] = (batch.history.item_BS[:, position] + 1) % model.schema.n_train_items
-        after = model.trunk(model.tokens(item_vec, batch.history))
+        after = model.states(item_vec, batch.history)
         torch.testing.assert_close(after[:, : position + 1], before[:, : position + 1])
         assert not torch.allclose(after[:, position + 1], before[:, position + 1])
         before = after

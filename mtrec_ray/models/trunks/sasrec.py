@@ -1,4 +1,4 @@
-"""The trunk: a causal pre-norm transformer over events (SASRec: Kang & McAuley 2018, arXiv 1808.09781)."""
+"""sasrec: a causal pre-norm transformer over events (SASRec: Kang & McAuley 2018, arXiv 1808.09781)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtrec_ray.config import ModelConfig
+from mtrec_ray.models.trunks.base import Trunk
 
 
 class Layer(nn.Module):
@@ -33,8 +34,8 @@ class Layer(nn.Module):
         return x_BLD + self.dropout(self.down(F.gelu(self.up(self.norm_forward(x_BLD)))))  # type: ignore[no-any-return]
 
 
-class Trunk(nn.Module):
-    """Event tokens -> a state at every position. Position 0 is a learned start token, counted in L."""
+class SasRec(Trunk):
+    """Learned positions, counted from the start token."""
 
     def __init__(self, config: ModelConfig, length: int) -> None:
         super().__init__()
@@ -46,8 +47,7 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, token_BSD: Tensor) -> Tensor:
-        """token_BSD: S ≤ L - 1 events -> state_BLD with L = S + 1; state p has seen events 1..p."""
+    def forward(self, token_BSD: Tensor, time_BS: Tensor) -> Tensor:
         B, S, D = token_BSD.shape
         assert self.length > S, f"{S} events do not fit a window of {self.length}"
         x_BLD = torch.cat([self.start.expand(B, 1, D), token_BSD], dim=1)

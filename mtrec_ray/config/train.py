@@ -1,0 +1,72 @@
+"""`train` and `balancing`: the loop and the weights of the tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from mtrec_ray.config.base import Int, Model
+
+
+class BalancingConfig(Model):
+    kind: Literal["static", "uncertainty"] = "static"
+    """`static`: λ as given. `uncertainty`: learned log-variances (Kendall et al. 2018, arXiv 1705.07115)."""
+
+
+def _workers(value: Any) -> Any:
+    low, high = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (low, high))
+    if not whole or not 0 <= low <= high or low == 0 < high:
+        raise ValueError("Input should be a number of workers such as 2, or [min, max] such as [1, 4]")
+    return value
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
+"""A number of workers, or the least and the most of an elastic run."""
+
+
+class TrainConfig(Model):
+    """The training loop."""
+
+    epochs: Int = Field(default=30, ge=1)
+    """An upper bound; early stopping may end sooner."""
+    batch_windows: Int = Field(default=32, ge=1)
+    """Windows of a global batch, whatever the number of workers."""
+    accumulate: Int = Field(default=1, ge=1)
+    """Micro-batches that a global batch is computed in, to save memory."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Int = Field(default=0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay per step of an exponential moving average of the weights; it is what is evaluated and kept. 0 is off."""
+    feed: Literal["cached", "stream"] = "cached"
+    """`cached`: windows memory-mapped on every node, exact resume at any step. `stream`: windows as Ray Data reads them,
+    resume at the start of the epoch. See docs/training.md."""
+    stream_buffer: Int = Field(default=4096, ge=1)
+    """`stream` only: windows that each worker shuffles together."""
+    workers: Workers = 2
+    """DDP workers of Ray Train, or [min, max] for as many as the cluster has room for; 0 runs in the driver's process."""
+    threads: Int = Field(default=1, ge=1)
+    """torch threads of a worker."""
+    use_gpu: bool = False
+    monitor: str = "retrieval/ndcg@10"
+    """`task/metric` on valid that selects the best checkpoint."""
+    patience: Int = Field(default=10, ge=1)
+    """Epochs without improvement before training stops."""
+    evaluate_every: Int = Field(default=1, ge=1)
+    """Epochs between evaluations on valid."""
+    max_failures: Int = Field(default=1, ge=0)
+    """Restarts by Ray Train, each from the last checkpoint."""
+    checkpoint_every: Int | None = Field(default=1000, ge=1)
+    """Steps between checkpoints within an epoch; there is one at every epoch's end anyway, and null leaves it at that."""
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]

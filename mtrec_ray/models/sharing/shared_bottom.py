@@ -1,0 +1,30 @@
+"""shared_bottom: one MLP for all pointwise tasks (Caruana 1997, Multitask Learning)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtrec_ray.config import ModelConfig
+from mtrec_ray.models.sharing.base import Sharing
+
+
+class SharedBottom(Sharing):
+    """h = MLP([state, item, state · item, context]), the same for every task."""
+
+    def __init__(self, config: ModelConfig, tasks: Sequence[str], context_width: int) -> None:
+        super().__init__(config, tasks, context_width)
+        self.tasks = tuple(tasks)
+        self.layers = nn.Sequential(
+            nn.Linear(3 * config.width + context_width, config.sharing_width),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.sharing_width, config.sharing_width),
+            nn.GELU(),
+        )
+
+    def forward(self, state: Tensor, item: Tensor, context: Tensor) -> dict[str, Tensor]:
+        shared = self.layers(torch.cat([state, item, state * item, context], dim=-1))
+        return dict.fromkeys(self.tasks, shared)
