@@ -68,8 +68,8 @@ class Recommender(nn.Module):
         """count_T of this rank's batch."""
         return torch.stack([t.count(batch).float() for t in self.task_list])
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of losses per task over this rank's batch -> loss_sum_T."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of losses per task over this rank's batch -> (loss_sum_T, state_BLD)."""
         targets = batch.targets
         item_vec_ND = self.item_tower(self.text_NE, self.schema.n_train_items, batch.step)
         state_BLD = self.states(item_vec_ND, batch.history)
@@ -78,7 +78,7 @@ class Recommender(nn.Module):
             state_MD = state_BLD[targets.window_M, targets.pos_M]
             shared = self.share(state_MD, item_vec_ND[targets.item_M], targets.context_M)
         forward = Forward(state_BLD, item_vec_ND, shared)
-        return torch.stack([t.loss_sum(forward, batch) for t in self.task_list])
+        return torch.stack([t.loss_sum(forward, batch) for t in self.task_list]), state_BLD
 
     # -- inference
 
@@ -100,7 +100,7 @@ class Recommender(nn.Module):
 
     def states(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         """Histories -> state_BLD."""
-        return self.trunk(self.tokens(item_vec_ND, history), history.time_BS)  # type: ignore[no-any-return]
+        return self.trunk(self.tokens(item_vec_ND, history), history.time_BS).float()  # type: ignore[no-any-return]
 
     def encode(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         """Histories -> the state after each one's last event, state_BD."""

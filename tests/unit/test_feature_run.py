@@ -159,9 +159,9 @@ def test_training_sees_the_position(run: TinyRun, train: WindowCache) -> None:
     moved = model.request_context["position"].embedding.weight != untrained.request_context["position"].embedding.weight
     assert moved[2:].any(1).all()
     with torch.no_grad():
-        before = model(batch)
+        before, _ = model(batch)
         batch.targets.context_M["position"] = batch.targets.context_M["position"].flip(0)
-        after = model(batch)
+        after, _ = model(batch)
     changed = dict(zip(run.config.tasks, (before != after).tolist(), strict=True))
     assert changed["click"] and changed["rating"] and not changed["retrieval"]
 
