@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,14 @@ class MissingSolver(RuntimeError):
     """A balancer whose solver is not installed."""
 
 
-def gramian(loss_T: Tensor, state_BLD: Tensor) -> Tensor:
+def gramian(losses: Sequence[Tensor], state_BLD: Tensor) -> Tensor:
     """Inner products of ∂L/∂state over the tasks -> float64 gramian_TT of this rank.
 
-    loss_T: this rank's shares of the mean losses, without the world-size factor. A task that does not read the state has a
-    row of zeros. The graph is kept for the backward pass.
+    losses: a scalar per task, each with a graph of its own above the state. A task that does not read the state has a row
+    of zeros. The graph is kept for the backward pass.
     """
     rows = []
-    for loss in loss_T.unbind():
+    for loss in losses:
         found = torch.autograd.grad(loss, state_BLD, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
         rows.append(torch.zeros_like(state_BLD).flatten() if found is None else found.flatten())
     gradient_TF = torch.stack(rows)

@@ -68,8 +68,11 @@ class Recommender(nn.Module):
         """count_T of this rank's batch."""
         return torch.stack([t.count(batch).float() for t in self.task_list])
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of losses per task over this rank's batch -> (loss_sum_T, state_BLD)."""
+    def forward(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """-> (sum of losses over this rank's batch of each task, state_BLD).
+
+        The losses stay apart, so that one of them can be back-propagated without the others.
+        """
         targets = batch.targets
         item_vec_ND = self.item_tower(self.text_NE, self.schema.n_train_items, batch.step)
         state_BLD = self.states(item_vec_ND, batch.history)
@@ -78,7 +81,7 @@ class Recommender(nn.Module):
             state_MD = state_BLD[targets.window_M, targets.pos_M]
             shared = self.share(state_MD, item_vec_ND[targets.item_M], targets.context_M)
         forward = Forward(state_BLD, item_vec_ND, shared)
-        return torch.stack([t.loss_sum(forward, batch) for t in self.task_list]), state_BLD
+        return [t.loss_sum(forward, batch) for t in self.task_list], state_BLD
 
     # -- inference
 

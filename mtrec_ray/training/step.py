@@ -35,17 +35,18 @@ class Losses(nn.Module):
         count_T: labels of the whole global batch. With one micro-batch λ comes from this very batch, else from the step
         before (`settle`).
         """
-        sum_T, state_BLD = self.model(batch)
-        present_T = (count_T > 0).float()
-        mean_T = sum_T / count_T.clamp(min=1e-12) * present_T  # this rank's share of the mean losses
+        sums, state_BLD = self.model(batch)
+        sum_T, present_T = torch.stack(sums), (count_T > 0).float()
+        share_T = present_T / count_T.clamp(min=1e-12)
         if self._wants_gramian(batch.step):
-            found_TT = gramian(mean_T, state_BLD)
+            found_TT = gramian(sums, state_BLD) * torch.outer(share_T, share_T)
             self._gramian_TT = found_TT if self._gramian_TT is None else self._gramian_TT + found_TT
         if self.balancer.needs_losses:
             self._sum_T = sum_T.detach() if self._sum_T is None else self._sum_T + sum_T.detach()
         if micro_batches == 1:
             self.settle(count_T, batch.step)
-        return self.balancer(mean_T * distributed.world_size(), present_T / micro_batches), sum_T.detach()
+        # this rank's shares of the mean losses; DDP will average them over the ranks
+        return self.balancer(sum_T * share_T * distributed.world_size(), present_T / micro_batches), sum_T.detach()
 
     def settle(self, count_T: Tensor, step: int) -> None:
         """Show the balancer what the whole global batch said; all ranks go on with rank 0's λ."""
@@ -119,7 +120,7 @@ def train_step(losses: nn.Module, optimizer: torch.optim.Optimizer, micro: list[
     if draws is not None:  # the same batch with the same dropout
         torch.set_rng_state(draws)
         with torch.no_grad(), _autocast(count_T.device, precision):
-            after_T = distributed.all_reduce_sum(torch.stack([model(b)[0] for b in micro]).sum(0))
+            after_T = distributed.all_reduce_sum(torch.stack([torch.stack(model(b)[0]) for b in micro]).sum(0))
         balancer.see_losses_after(after_T / count_T.clamp(min=1e-12), (count_T > 0).float())
     return Step(total_T, count_T, size_2)
 

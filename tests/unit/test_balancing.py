@@ -198,12 +198,12 @@ def test_the_gramian_is_of_the_gradients_at_the_state_and_keeps_the_graph() -> N
     weight = torch.randn(3, requires_grad=True)
     state = torch.randn(2, 2, 3) * weight
     private = torch.randn(3, requires_grad=True)
-    losses = torch.stack([state.sum(), (state * private).sum(), private.square().sum(), torch.zeros(())])
+    losses = [state.sum(), (state * private).sum(), private.square().sum(), torch.zeros(())]
     found = gramian(losses, state)
     g = torch.stack([torch.ones(12), private.detach().expand(2, 2, 3).flatten(), torch.zeros(12), torch.zeros(12)])
     torch.testing.assert_close(found, (g @ g.T).double())
     assert weight.grad is None and private.grad is None
-    losses.sum().backward()
+    torch.stack(losses).sum().backward()
     assert weight.grad is not None and private.grad is not None
 
 

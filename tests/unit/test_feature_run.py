@@ -162,7 +162,7 @@ def test_training_sees_the_position(run: TinyRun, train: WindowCache) -> None:
         before, _ = model(batch)
         batch.targets.context_M["position"] = batch.targets.context_M["position"].flip(0)
         after, _ = model(batch)
-    changed = dict(zip(run.config.tasks, (before != after).tolist(), strict=True))
+    changed = dict(zip(run.config.tasks, (a != b for a, b in zip(before, after, strict=True)), strict=True))
     assert changed["click"] and changed["rating"] and not changed["retrieval"]
 
 
