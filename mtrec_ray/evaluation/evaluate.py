@@ -12,6 +12,7 @@ from mtrec_ray.evaluation.measure import Model, System, measure
 from mtrec_ray.evaluation.reduce import COUNTS, WHOLE, Reducer, Summary, points_of, slices_of, summarise, whole
 from mtrec_ray.evaluation.statistics import FloatArray, Resampler, Statistics, interval
 from mtrec_ray.predictor import Predictor
+from mtrec_ray.tasks import judges_of
 from mtrec_ray.training.feed import WindowCache
 
 MODEL = "model"
@@ -100,8 +101,10 @@ def difference(a_R: FloatArray, b_R: FloatArray) -> dict[str, float | None]:
     return {"difference": float(d[0]), "low": found and found[0], "high": found and found[1]}
 
 
-def compare_with_baselines(summaries: dict[str, Summary], retrieval: str, resamples: int) -> dict[str, Any]:
-    """NDCG@10 of the model minus that of the best ranking baseline."""
+def compare_with_baselines(summaries: dict[str, Summary], retrieval: str | None, resamples: int) -> dict[str, Any]:
+    """NDCG@10 of the model minus that of the best ranking baseline; nothing without a retrieval task."""
+    if retrieval is None:
+        return {}
     rankers = {n: s[retrieval]["ndcg@10"] for n, s in summaries.items() if n != MODEL and "ndcg@10" in s.get(retrieval, {})}
     mine = summaries[MODEL].get(retrieval, {})
     if not rankers or "ndcg@10" not in mine or not resamples:
@@ -113,14 +116,4 @@ def compare_with_baselines(summaries: dict[str, Summary], retrieval: str, resamp
 
 def unmeasured(summary: Summary, tasks: dict[str, Any]) -> dict[str, str]:
     """Task -> why it has no metric: a task without labels in the split gets no number, and that is said."""
-    reasons = {
-        "retrieval": "no positive target",
-        "similarity": "no target with a history item before it",
-        "profile": "no user of the test folds with the attribute",
-    }
-    out = {}
-    for name, found in summary.items():
-        if not found:
-            kind = tasks[name].kind
-            out[name] = reasons.get(kind, "no target with the label") + " in this split"
-    return out
+    return {name: f"{judge.nothing} in this split" for name, judge in judges_of(tasks).items() if not summary.get(name)}
