@@ -22,7 +22,7 @@ def build_task(name: str, config: TaskConfig, schema: LogSchema, model: ModelCon
         case RegressionTask():
             return Regression(name, config.label, schema.labels[config.label], model.sharing_width)
         case BinaryTask():
-            return Binary(name, config.label, model.sharing_width)
+            return Binary(name, config, model.sharing_width)
         case SimilarityTask():
             return Similarity(name, model.width, config.temperature)
         case ProfileTask():
