@@ -84,7 +84,7 @@ class BinaryTask(BaseTask):
             raise ValueError(f"{key}.depends_on: {self.depends_on!r} is not a task; the binary ones are {others}")
         if self.depends_on not in others:
             kind = tasks[self.depends_on].kind
-            raise ValueError(f"{key}.depends_on: {self.depends_on!r} is of kind {kind}; a chain has binary tasks only: {others}")
+            raise ValueError(f"{key}.depends_on: {self.depends_on!r} is of kind {kind}; the binary tasks are {others}")
         path: list[str] = [name]
         while isinstance(before := tasks.get(path[-1]), BinaryTask) and before.depends_on is not None:
             path.append(before.depends_on)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mtrec_ray.config import ModelConfig
 
-MANY = 8
+MANY = 32
 """From this many items per state on, a first layer is folded into one matrix per state (`Inputs.linear`)."""
 
 

@@ -62,14 +62,18 @@ class Level(nn.Module):
         """-> h_t (..., T, H) and h_s (..., H) or None."""
         private = self.experts(x.stacked(self.private_first).flatten(-2), self.private_second)
         shared = self.experts(x.linear(self.shared_first), self.shared_second)
-        gates = self.gates(x)
-        own, others = gates[..., : self.private], gates[..., self.private :]
-        of_task = private.reshape(*private.shape[:-2], self.tasks, self.private, private.shape[-1])
-        h_tasks = others @ shared + (own[..., None] * of_task).sum(-2)
+        h = self.weights(x) @ torch.cat([private, shared], dim=-2)
+        return h[..., : self.tasks, :], None if self.shared_gate is None else h[..., self.tasks, :]
+
+    def weights(self, x: Inputs | Streams) -> Tensor:
+        """One row per stream and one column per expert, so that all are mixed in one product: (..., T or T + 1, T · P + S).
+        A task's row is 0 at the others' private experts."""
+        gates, T = self.gates(x), self.tasks
+        own = gates[..., None, : self.private] * torch.eye(T, device=gates.device, dtype=gates.dtype)[..., None]
+        weights = torch.cat([own.flatten(-2), gates[..., self.private :]], dim=-1)
         if self.shared_gate is None:
-            return h_tasks, None
-        weight = torch.softmax(x.linear(self.shared_gate), dim=-1)
-        return h_tasks, (weight[..., None] * torch.cat([private, shared], dim=-2)).sum(-2)
+            return weights
+        return torch.cat([weights, torch.softmax(x.linear(self.shared_gate), dim=-1)[..., None, :]], dim=-2)
 
 
 class PLE(Sharing):
