@@ -138,7 +138,8 @@ def run_worker(
     valid = mapped_windows(data_prefix, "valid")
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
-    model.item_tower.residual.name_items(hash_ids(catalogue["item_id"].slice(0, schema.n_train_items)))
+    known = catalogue.slice(0, schema.n_train_items)
+    model.fit_items(hash_ids(known["item_id"]), torch.from_numpy(known["count"].to_numpy().astype(np.float64)))
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
     return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, checkpoints, device)
 

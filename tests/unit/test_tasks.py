@@ -37,7 +37,9 @@ def make_batch(
 
 def make_forward(shared: torch.Tensor | None = None) -> Forward:
     torch.manual_seed(0)
-    return Forward(torch.randn(2, 4, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), {} if shared is None else {"t": shared})
+    return Forward(
+        torch.randn(2, 4, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), {} if shared is None else {"t": shared}
+    )
 
 
 def test_retrieval_is_log_softmax_over_the_catalogue_summed_over_positives() -> None:
