@@ -12,13 +12,14 @@ from mtrec_ray.config.base import Int, Model
 class ModelConfig(Model):
     """The trunk, the item tower and the sharing layers."""
 
-    trunk: Literal["sasrec"] = "sasrec"
-    """What reads the history; see mtrec_ray/models/trunks."""
+    trunk: Literal["sasrec", "ligr", "hstu"] = "sasrec"
+    """What reads the history; see docs/models.md."""
     width: Int = Field(default=64, ge=4)
     """D."""
     layers: Int = Field(default=2, ge=1)
     heads: Int = Field(default=2, ge=1)
     feed_forward: Int = Field(default=256, ge=4)
+    """Inner width of the trunk's feed-forward layers; `hstu` has none."""
     dropout: float = Field(default=0.3, ge=0, lt=1)
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of items whose id residual is dropped in a step, so that text alone must serve."""

@@ -39,8 +39,25 @@ class RetrievalTask(BaseTask):
     kind: Literal["retrieval"]
     positive: str | None = None
     """Expression over labels: which targets are positives. Default: the events that are history."""
+    loss: Literal["softmax", "sampled_softmax", "gbce"] = "softmax"
+    """`softmax` over the whole training catalogue. With `negatives` instead of it: `sampled_softmax`, corrected by logQ, or
+    `gbce` (arXiv 2308.07192), both for catalogues of tens of thousands of items and more. See docs/models.md."""
+    negatives: Int | None = Field(default=None, ge=1)
+    """K items drawn per step for all rows together; needed by `sampled_softmax` and `gbce`."""
+    popularity: float | None = Field(default=None, ge=0, le=1)
+    """`sampled_softmax`: negatives are drawn by (1 + training events)^popularity. Default: 0.75; 0 is uniform."""
+    calibration: float | None = Field(default=None, ge=0, le=1)
+    """`gbce`: t, from 0 (plain BCE) to 1 (calibrated). Default: 0.75."""
 
     def check(self, key: str, data: DataConfig, tasks: Mapping[str, BaseTask]) -> None:
+        if self.loss == "softmax" and self.negatives is not None:
+            raise ValueError(f"{key}.negatives: loss softmax reads all items; say loss: sampled_softmax or gbce, or leave it out")
+        if self.loss != "softmax" and self.negatives is None:
+            raise ValueError(f"{key}.negatives: loss {self.loss} needs a number of negatives, such as 512")
+        if self.popularity is not None and self.loss != "sampled_softmax":
+            raise ValueError(f"{key}.popularity: only loss sampled_softmax draws by popularity, not {self.loss}")
+        if self.calibration is not None and self.loss != "gbce":
+            raise ValueError(f"{key}.calibration: only loss gbce is calibrated, not {self.loss}")
         if self.positive is not None:
             checked_expression(self.positive, set(data.labels), f"{key}.positive")
 
@@ -117,6 +134,8 @@ class SimilarityTask(BaseTask):
     share: float = Field(default=0.25, gt=0, le=1)
     """Share of the targets that contribute a pair in an epoch."""
     temperature: float = Field(default=0.1, gt=0)
+    negatives: Int | None = Field(default=None, ge=1)
+    """K items drawn per step by (1 + training events)^0.75 in place of the whole training catalogue, corrected by logQ."""
 
 
 class ProfileTask(BaseTask):

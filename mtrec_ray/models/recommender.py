@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mtrec_ray.config import RunConfig
@@ -28,7 +30,7 @@ class Recommender(nn.Module):
 
     def __init__(self, config: RunConfig, schema: LogSchema, text_NE: Tensor | None) -> None:
         super().__init__()
-        self.schema = schema
+        self.schema, self.seed = schema, config.seed
         text_width = 0 if text_NE is None else text_NE.shape[1]
         self.register_buffer("text_NE", text_NE, persistent=False)
         self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)
@@ -71,6 +73,12 @@ class Recommender(nn.Module):
         return {t.name: t for t in self.task_list if isinstance(t, Profile)}
 
     # -- training
+
+    def fit_items(self, hash_N: NDArray[np.uint64], count_N: Tensor) -> None:
+        """hash_N, count_N: a hash of every training item's id and its training events; needed once, before training."""
+        self.item_tower.residual.name_items(hash_N)
+        for task in self.task_list:
+            task.fit_items(count_N, self.seed)
 
     def counts(self, batch: Batch) -> Tensor:
         """count_T of this rank's batch."""

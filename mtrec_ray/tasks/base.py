@@ -51,6 +51,9 @@ class Task(nn.Module):
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
         raise NotImplementedError
 
+    def fit_items(self, count_N: Tensor, seed: int) -> None:
+        """Told once before training: training events of every training item, and the run's seed."""
+
 
 class PointwiseTask(Task):
     """A task with a number per (user, item)."""
