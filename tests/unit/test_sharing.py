@@ -250,7 +250,7 @@ def gradients(model: Recommender, data: storage.Directory, targets: bool) -> dic
         t = batch.targets
         t.window_M, t.pos_M, t.item_M, t.positive_M = t.window_M[:0], t.pos_M[:0], t.item_M[:0], t.positive_M[:0]
         t.labels_M, t.context_M = ({k: v[:0] for k, v in d.items()} for d in (t.labels_M, t.context_M))
-    model.train()(batch).sum().backward()
+    torch.stack(model.train()(batch)[0]).sum().backward()
     return {n: p.grad for n, p in model.named_parameters()}
 
 

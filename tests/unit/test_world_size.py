@@ -95,6 +95,11 @@ CASES = [
     ("famo", True, 1, {}),
     *((kind, True, 1, {}) for kind in GRAMIAN),
     ("upgrad", True, 2, {}),
+    ("upgrad", True, 1, {"sharing": "mmoe"}),
+    ("nash_mtl", True, 1, {"sharing": "ple"}),
+    ("pcgrad", True, 2, {"sharing": "ple"}),
+    ("static", True, 1, {"sharing": "pepnet", "trunk": "hstu"}),
+    ("mgda", True, 1, {"sharing": "cgc", "trunk": "ligr"}),
 ]
 
 
