@@ -1,8 +1,9 @@
 """Weights from the Gramian of the tasks' gradients at the state: mgda, pcgrad, cagrad, aligned_mtl, imtl_g, upgrad, nash_mtl.
 
 Each rank back-propagates every task from its loss to `state_BLD` alone and forms G = g gᵀ (T × T); the sum over ranks is the
-Gramian of the global batch (DESIGN §1.5). The weights are solved by TorchJD (Quinton & Rey 2024, arXiv 2406.16232), with the
-Gramian divided by its mean diagonal, since the solvers have absolute tolerances and gradients of mean losses are small.
+Gramian of the global batch (DESIGN §1.5). The weights are solved by TorchJD (Quinton & Rey 2024, arXiv 2406.16232), those of
+nash_mtl here, with the Gramian divided by its mean diagonal, since solvers have absolute tolerances and gradients of mean
+losses are small.
 
     mgda         Désidéri 2012; Sener & Koltun 2018, arXiv 1810.04650
     pcgrad       Yu et al. 2020, arXiv 2001.06782
@@ -56,15 +57,12 @@ class GramianBalancer(Balancer):
 
     needs_gramian = True
     unsolved: Tensor
-    alpha_T: Tensor
 
     def __init__(self, kind: str, static_T: Tensor, seed: int, update_every: int = 1, cagrad_c: float = 0.5) -> None:
         super().__init__(static_T)
-        self.kind, self.seed, self.update_every, self.cagrad_c = kind, seed, update_every, cagrad_c
+        self.kind, self.seed, self.update_every = kind, seed, update_every
+        self.weighting = _weighting(kind, cagrad_c)
         self.register_buffer("unsolved", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("alpha_T", torch.ones(len(static_T), dtype=torch.float64))  # nash_mtl starts from its last answer
-        self._solvers: dict[int, Any] = {}
-        self._solver(2)  # a missing solver is said before anything trains
 
     def see_gramian(self, gramian_TT: Tensor, step: int) -> None:
         gramian_TT = gramian_TT.detach().double().cpu()
@@ -72,70 +70,61 @@ class GramianBalancer(Balancer):
         if int(active_T.sum()) < 2 or not bool(torch.isfinite(gramian_TT).all()):
             return
         weight_T = torch.zeros(len(active_T), dtype=torch.float64)
-        weight_T[active_T] = self.solve(gramian_TT[active_T][:, active_T], active_T, step)
+        weight_T[active_T] = self.solve(gramian_TT[active_T][:, active_T], step)
         found_T = rescaled(weight_T, self.static_T.double().cpu(), active_T)
         if found_T is None:
             self.unsolved += 1
             return
         self.lambda_T.copy_(found_T)
 
-    def solve(self, gramian_AA: Tensor, active_T: Tensor, step: int) -> Tensor:
+    def solve(self, gramian_AA: Tensor, step: int) -> Tensor:
         """Weights of the active tasks before rescaling; NaN where the solver gives up."""
         gramian_AA = gramian_AA / gramian_AA.diagonal().mean()
-        solver = self._solver(len(gramian_AA))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # solvers speak of inaccuracy where tasks are parallel
             torch.manual_seed((self.seed * 1_000_003 + step) % 2**63)  # pcgrad's random orders
             try:
-                if self.kind != "nash_mtl":
-                    return solver(gramian_AA)  # type: ignore[no-any-return]
-                solver.prvs_alpha = self.alpha_T[active_T].numpy()
-                weight_A = solver(_factor(gramian_AA))
-                if bool(torch.isfinite(weight_A).all()):
-                    self.alpha_T[active_T] = weight_A
-                return weight_A  # type: ignore[no-any-return]
+                return self.weighting(gramian_AA)  # type: ignore[no-any-return]
             except Exception as error:  # of any solver: no weights are better than no training
                 log.warning("balancing.kind %s, step %d: no weights (%s); the last ones stay", self.kind, step, error)
                 return torch.full((len(gramian_AA),), float("nan"), dtype=torch.float64)
 
-    def _solver(self, tasks: int) -> Any:
-        """gramian_AA -> weights; for nash_mtl a factor of the Gramian -> weights."""
-        key = tasks if self.kind == "nash_mtl" else 0
-        if key not in self._solvers:
-            try:
-                self._solvers[key] = _SOLVERS[self.kind](self, tasks)
-            except ImportError as error:
-                raise MissingSolver(
-                    f"balancing.kind: {self.kind} needs {error.name or 'TorchJD'}: pip install 'mtrec_ray[balancing]'"
-                ) from error
-        return self._solvers[key]
+
+def bargain(gramian_AA: Tensor) -> Tensor:
+    """Nash-MTL's bargaining solution: the α > 0 with G α = 1 / α, by damped Newton steps on ½ αᵀGα - Σ log α.
+
+    That function is self-concordant, so the steps 1 / (1 + decrement) end at its only minimum (Boyd & Vandenberghe 2004,
+    §9.6). TorchJD's NashMTL looks for the same point by a sequence of programs that stops at 1e-3 of the condition; its
+    answers then depend on rounding, and ranks would not agree to 1e-5. NaN where there is no such point: gradients that
+    cancel out.
+    """
+    alpha_A = gramian_AA.diagonal().rsqrt()
+    far = 1e6 * alpha_A.max()
+    for _ in range(100):
+        if alpha_A.max() > far:
+            break
+        gradient_A = gramian_AA @ alpha_A - 1 / alpha_A
+        step_A = torch.linalg.solve(gramian_AA + torch.diag(alpha_A**-2), -gradient_A)
+        decrement = float((-gradient_A @ step_A).clamp(min=0).sqrt())
+        alpha_A = alpha_A + step_A / (1 if decrement < 0.25 else 1 + decrement)
+        if decrement < 1e-10:
+            return alpha_A
+    return torch.full_like(alpha_A, float("nan"))
 
 
-def _factor(gramian_AA: Tensor) -> Tensor:
-    """J with J Jᵀ = G: an aggregator that wants a Jacobian is given any of them."""
-    value_A, vector_AA = torch.linalg.eigh(gramian_AA)
-    return vector_AA * value_A.clamp(min=0).sqrt()
+def _weighting(kind: str, cagrad_c: float) -> Callable[[Tensor], Any]:
+    """gramian_AA -> weights. Raises MissingSolver."""
+    if kind == "nash_mtl":
+        return bargain
+    try:
+        import torchjd.aggregation as torchjd
 
-
-def _torchjd(name: str) -> Callable[[GramianBalancer, int], Any]:
-    def build(balancer: GramianBalancer, tasks: int) -> Any:
-        import torchjd.aggregation as aggregation
-
-        if name == "CAGradWeighting":
-            return aggregation.CAGradWeighting(c=balancer.cagrad_c)
-        if name == "NashMTL":
-            return aggregation.NashMTL(n_tasks=tasks, max_norm=0.0).weighting
-        return getattr(aggregation, name)()
-
-    return build
-
-
-_SOLVERS = {
-    "mgda": _torchjd("MGDAWeighting"),
-    "pcgrad": _torchjd("PCGradWeighting"),
-    "cagrad": _torchjd("CAGradWeighting"),
-    "aligned_mtl": _torchjd("AlignedMTLWeighting"),
-    "imtl_g": _torchjd("IMTLGWeighting"),
-    "upgrad": _torchjd("UPGradWeighting"),
-    "nash_mtl": _torchjd("NashMTL"),
-}
+        return {
+            "mgda": torchjd.MGDAWeighting, "pcgrad": torchjd.PCGradWeighting, "aligned_mtl": torchjd.AlignedMTLWeighting,
+            "cagrad": lambda: torchjd.CAGradWeighting(c=cagrad_c), "imtl_g": torchjd.IMTLGWeighting,
+            "upgrad": torchjd.UPGradWeighting,
+        }[kind]()  # fmt: skip
+    except ImportError as error:
+        raise MissingSolver(
+            f"balancing.kind: {kind} needs {error.name or 'TorchJD'}: pip install 'mtrec_ray[balancing]'"
+        ) from error

@@ -11,7 +11,7 @@ import torchjd.aggregation as tj
 from torch import Tensor
 
 from mtrec_ray.balancing import GradientRecord, build_balancer, gramian
-from mtrec_ray.balancing.gramian import GRAMIAN_KINDS, GramianBalancer
+from mtrec_ray.balancing.gramian import GRAMIAN_KINDS, bargain
 from mtrec_ray.config import BalancingConfig
 
 KINDS = BalancingConfig.model_fields["kind"].annotation.__args__  # type: ignore[union-attr]
@@ -45,7 +45,8 @@ def test_the_weighted_sum_points_where_torchjd_points_on_the_full_jacobian(kind:
         torch.manual_seed(3 * 1_000_003 + 7)  # the orders that pcgrad draws
         wanted = reference(kind, J)
         found = balancer.current().double() @ J
-        torch.testing.assert_close(found / found.norm(), wanted / wanted.norm(), rtol=1e-4, atol=2e-5)
+        loose = kind == "nash_mtl"  # TorchJD's stops within 1e-3 of the condition
+        torch.testing.assert_close(found / found.norm(), wanted / wanted.norm(), rtol=0, atol=5e-3 if loose else 3e-5)
         assert float(balancer.current().sum()) == pytest.approx(2.0)
         assert not balancer.unsolved
 
@@ -141,18 +142,15 @@ def test_pcgrad_draws_by_seed_and_step_and_leaves_the_generator_alone() -> None:
     assert any(not torch.allclose(found[0], f) for f in found[2:])
 
 
-def test_nash_mtl_goes_on_from_a_checkpoint_as_if_nothing_had_happened() -> None:
-    def steps(balancer: GramianBalancer, some: range) -> None:
-        for step in some:
-            J = jacobian(step)
-            balancer.see_gramian(J @ J.T, step)
-
-    whole, first, second = (build("nash_mtl", [1.0] * 4) for _ in range(3))
-    steps(whole, range(6))
-    steps(first, range(3))
-    second.load_state_dict(first.state_dict())
-    steps(second, range(3, 6))
-    assert torch.equal(whole.current(), second.current())
+def test_the_bargaining_solution_meets_its_condition() -> None:
+    """Navon et al. 2022, claim 3.1: G α = 1 / α."""
+    for seed in range(5):
+        J = jacobian(seed, tasks=6, features=8)
+        J[3] *= 100.0
+        alpha = bargain(J @ J.T)
+        assert bool((alpha > 0).all())
+        torch.testing.assert_close((J @ J.T) @ alpha * alpha, torch.ones(6, dtype=torch.float64))
+    assert bool(torch.isnan(bargain(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double())).all())
 
 
 def test_dwa_gives_more_to_the_task_that_falls_slowly() -> None:

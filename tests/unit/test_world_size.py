@@ -115,11 +115,9 @@ def test_one_two_and_three_workers_make_the_same_update(tiny_run: TinyRun, tmp_p
     for world in (2, 3):
         for states in run_ranks(world, configs, prefix, missing, tmp_path):
             for case, wanted, state in zip(CASES, alone, states, strict=True):
-                # nash_mtl's solver stops within 1e-3 of its condition: rounding moves its λ by some 1e-6
-                loose = case[0] == "nash_mtl"
                 for name, value in wanted.items():
                     torch.testing.assert_close(
-                        state[name], value, rtol=1e-5, atol=1e-5 if loose or "balancer" in name else 1e-6,
+                        state[name], value, rtol=1e-5, atol=1e-5 if "balancer" in name else 1e-6,
                         msg=lambda m, n=name, w=world, c=case: f"{c}, {w} ranks, {n}: {m}",
                     )  # fmt: skip
 
