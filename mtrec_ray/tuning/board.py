@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -49,7 +50,7 @@ class Board:
         if result.get("finished"):
             self._end(trial, "done")
             return True
-        valid = {k.removeprefix("valid/"): float(v) for k, v in result.items() if k.startswith("valid/")}
+        valid = {k.removeprefix("valid/"): float(v) for k, v in result.items() if k.startswith("valid/") and math.isfinite(v)}
         trial.state = "unfinished"
         trial.add(Epoch(int(result["epoch"]), round(float(result["seconds"]), 3), valid))
         if not self._goes_on(trial):

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,8 +61,17 @@ class _Scheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return str(self.CONTINUE if self.board.report(trial.config["trial"], result) else self.STOP)
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self.board.fail(trial.config["trial"], f"its process died: {_first_line(trial.get_error())}")
+
+class _Deaths(tune.Callback):
+    """Hears of trials whose process died for the last time."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        told = Path(trial.error_file).read_text().rpartition("Failure #")[2] if trial.error_file else ""
+        why = (*told.splitlines()[1:], "no reason given")[0]
+        self.board.fail(trial.config["trial"], f"its process died {DEATHS + 1} times, the last time: {why}")
 
 
 def run_trials(
@@ -107,7 +117,8 @@ def run_trials(
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=kept, verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS)
+            name="tune", storage_path=kept, verbose=0, failure_config=tune.FailureConfig(max_failures=DEATHS),
+            callbacks=[_Deaths(board)],
         ),
     )  # fmt: skip
     tuner.fit()
@@ -136,10 +147,6 @@ def _train(settings: dict[str, Any]) -> None:
         tune.report({"error": f"{type(error).__name__}: {error}"})
         return
     tune.report({"finished": True})
-
-
-def _first_line(error: Any) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
 def usable_cpus() -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import yaml
 from jobs.tune import main
 from mtrec_ray.config import load_config
 from mtrec_ray.training.worker import run_worker
-from mtrec_ray.tuning import job
+from mtrec_ray.tuning import job, search
 from tests import tiny
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -89,6 +92,47 @@ def test_trials_are_stopped_reported_and_gone_on_with_and_the_best_is_a_configur
 
     assert main([*command, "--trials", "6", "train.batch_windows=8"]) == 2
     assert "holds the trials of another space, configuration or data" in capsys.readouterr().err
+
+
+def dies(flags: Path, always: str) -> Callable[[dict[str, Any]], None]:
+    """The work of a trial whose process kills itself after an epoch: each trial once, one of them whenever it is tried."""
+    original = search._train
+
+    def work(settings: dict[str, Any]) -> None:
+        from mtrec_ray.training.checkpoint import Checkpoints
+
+        name, saved = Path(settings["checkpoints"]).name, Checkpoints.save
+
+        def save(self: Checkpoints, state: dict[str, Any]) -> str:
+            done = saved(self, state)
+            if name == always or not (flags / name).exists():
+                (flags / name).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+
+        Checkpoints.save = save  # type: ignore[method-assign]
+        original(settings)
+
+    return work
+
+
+def test_a_trial_whose_process_dies_goes_on_once_and_is_then_reported(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_log(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.raw_config(tmp_path)))  # three epochs
+    (tmp_path / "space.yaml").write_text("search: {train.learning_rate: {uniform: [0.001, 0.002]}}\nasha: {first_rung: 3}")
+    monkeypatch.setattr(search, "_train", dies(tmp_path, always="0001"))
+    out = tmp_path / "out"
+    command = ["--config", str(tmp_path / "run.yaml"), "--space", str(tmp_path / "space.yaml"), "--out", str(out), "--trials", "2"]
+    assert main([*command, "--parallel", "1"]) == 0
+    found = read(out)["trials"]
+    assert found[0]["state"] == "done" and [e["epoch"] for e in found[0]["history"]] == [1, 2, 3]
+    assert found[1]["state"] == "failed" and "died 2 times, the last time: The actor died" in found[1]["message"]
+    assert [e["epoch"] for e in found[1]["history"]] == [1, 2]  # tried twice, the second time from its checkpoint
+    config = load_config(tmp_path / "run.yaml", ["train.workers=0"])
+    data = json.loads((out / "data" / "manifest.json").read_text())["prefix"]
+    assert run_worker(config, str(out / "data" / data), None, lambda *_: None).best_value == found[0]["value"]
 
 
 def test_a_search_in_which_every_trial_fails_ends_with_code_2_and_says_why(

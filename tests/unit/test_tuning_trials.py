@@ -82,8 +82,8 @@ def test_an_epoch_that_is_trained_again_replaces_what_was_noted() -> None:
 
 def test_the_board_notes_valid_alone_and_keeps_it_at_once(tmp_path: Path) -> None:
     board = Board(str(tmp_path), [Trial(1, {}, NDCG)], {"0001": 3}, None)
-    assert board.report("0001", result(1, 0.1) | {"valid/click/auc": 0.6})
-    kept = load(str(tmp_path), Trial(1, {}, NDCG))
+    assert board.report("0001", result(1, 0.1) | {"valid/click/auc": 0.6, "valid/like/auc": float("nan")})
+    kept = load(str(tmp_path), Trial(1, {}, NDCG))  # a value that is no number is none
     assert kept.state == "unfinished" and kept.history == [Epoch(1, 1.0, {NDCG: 0.1, "click/auc": 0.6})]
     assert board.report("0001", result(2, 0.2)) and board.report("0001", {"finished": True})
     assert load(str(tmp_path), Trial(1, {}, NDCG)).state == "done"
