@@ -8,12 +8,13 @@ from mtrec_ray.config.data import AttributeConfig, DataConfig, ItemTextConfig, L
 from mtrec_ray.config.load import ConfigError, load_config, parse_config
 from mtrec_ray.config.model import ModelConfig
 from mtrec_ray.config.run import EncoderConfig, EvaluationConfig, RankingConfig, RunConfig, ScoringConfig
-from mtrec_ray.config.tasks import BinaryTask, ProfileTask, RegressionTask, RetrievalTask, SimilarityTask, TaskConfig
+from mtrec_ray.config.tasks import BaseTask, BinaryTask, ProfileTask, RegressionTask, RetrievalTask, SimilarityTask, TaskConfig
 from mtrec_ray.config.train import BalancingConfig, TrainConfig
 
 __all__ = [
     "AttributeConfig",
     "BalancingConfig",
+    "BaseTask",
     "BinaryTask",
     "ConfigError",
     "DataConfig",

@@ -60,10 +60,8 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
         lines = [f"{source}: {len(error.errors())} wrong key(s)"]
         for e in error.errors():
             loc = [str(p) for p in e["loc"]]
-            if len(loc) > 2 and loc[0] == "tasks":
-                del loc[2]  # pydantic names the kind of a task in the path
             if len(loc) > 3 and loc[:2] == ["data", "context"]:
-                del loc[3]  # and that of a feature
+                del loc[3]  # pydantic names the kind of a feature in the path
             message = e["msg"].removeprefix("Value error, ")
             if e["type"] == "extra_forbidden":
                 lines.append(f"  {'.'.join(loc)}: unknown key")

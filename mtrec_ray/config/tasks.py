@@ -1,10 +1,11 @@
-"""`tasks`: one class per kind, with what it refuses."""
+"""`tasks`: one class per kind, with what it refuses. A kind is registered in mtrec_ray/tasks (docs/tasks.md)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from mtrec_ray.config.base import Int, Model
 from mtrec_ray.config.data import DataConfig, checked_expression, is_binary
@@ -19,13 +20,19 @@ def check_label(key: str, label: str, data: DataConfig) -> None:
 class BaseTask(Model):
     """What every kind of task has."""
 
+    kind: str
     weight: float = Field(default=1.0, ge=0)
     """Static λ, and the start of learned weights."""
     final_weight: float | None = None
     """w in the final score Σ w·g. Default: 1 for retrieval, 0 for all others."""
 
-    def check(self, key: str, data: DataConfig, tasks: dict[str, TaskConfig]) -> None:
+    def check(self, key: str, data: DataConfig, tasks: Mapping[str, BaseTask]) -> None:
         """Raises ValueError, with the path of the key, for what contradicts the data or the other tasks."""
+
+    @property
+    def labels_read(self) -> tuple[str, ...]:
+        """Labels that it is trained on."""
+        return ()
 
 
 class RetrievalTask(BaseTask):
@@ -33,7 +40,7 @@ class RetrievalTask(BaseTask):
     positive: str | None = None
     """Expression over labels: which targets are positives. Default: the events that are history."""
 
-    def check(self, key: str, data: DataConfig, tasks: dict[str, TaskConfig]) -> None:
+    def check(self, key: str, data: DataConfig, tasks: Mapping[str, BaseTask]) -> None:
         if self.positive is not None:
             checked_expression(self.positive, set(data.labels), f"{key}.positive")
 
@@ -42,7 +49,11 @@ class RegressionTask(BaseTask):
     kind: Literal["regression"]
     label: str
 
-    def check(self, key: str, data: DataConfig, tasks: dict[str, TaskConfig]) -> None:
+    @property
+    def labels_read(self) -> tuple[str, ...]:
+        return (self.label,)
+
+    def check(self, key: str, data: DataConfig, tasks: Mapping[str, BaseTask]) -> None:
         check_label(key, self.label, data)
 
 
@@ -50,7 +61,11 @@ class BinaryTask(BaseTask):
     kind: Literal["binary"]
     label: str
 
-    def check(self, key: str, data: DataConfig, tasks: dict[str, TaskConfig]) -> None:
+    @property
+    def labels_read(self) -> tuple[str, ...]:
+        return (self.label,)
+
+    def check(self, key: str, data: DataConfig, tasks: Mapping[str, BaseTask]) -> None:
         check_label(key, self.label, data)
         if not is_binary(data.labels[self.label]):
             raise ValueError(f"{key}.label: {self.label!r} is numeric; say kind: binary or derive it by a comparison")
@@ -71,9 +86,23 @@ class ProfileTask(BaseTask):
     kind: Literal["profile"]
     attribute: str
 
-    def check(self, key: str, data: DataConfig, tasks: dict[str, TaskConfig]) -> None:
+    def check(self, key: str, data: DataConfig, tasks: Mapping[str, BaseTask]) -> None:
         if self.attribute not in data.attributes:
             raise ValueError(f"{key}.attribute: {self.attribute!r} is not among data.attributes {sorted(data.attributes)}")
 
 
-TaskConfig = Annotated[RetrievalTask | RegressionTask | BinaryTask | SimilarityTask | ProfileTask, Field(discriminator="kind")]
+def _of_kind(value: Any) -> Any:
+    """A task's mapping -> an object of its kind's class."""
+    from mtrec_ray.tasks import KINDS  # a kind's file has its configuration and its model, so it stands above this one
+
+    if isinstance(value, BaseTask) or not isinstance(value, Mapping):
+        return value
+    kind = value.get("kind")
+    if kind is None:
+        raise ValueError(f"kind is missing; it is one of {sorted(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"kind: {kind!r} is unknown; it is one of {sorted(KINDS)}")
+    return KINDS[kind].config.model_validate(value)
+
+
+TaskConfig = Annotated[SerializeAsAny[BaseTask], BeforeValidator(_of_kind)]

@@ -6,7 +6,7 @@ figure depends on which task was done first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,9 +227,7 @@ def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: i
         mean = float(total / n) if n else 0.0
         variance = max(float(squares / n) - mean**2, 0.0) if n else 0.0
         labels[name] = LabelStats(count=int(n), mean=mean, std=float(np.sqrt(variance)))
-    for name, task in config.tasks.items():
-        if task.kind in ("regression", "binary") and not labels[task.label].count:
-            raise DataError(f"tasks.{name}: no training event has the label {task.label!r}")
+    check_labels(config, labels)
     attributes = []
     for name, attribute in data.attributes.items():
         classes = tuple(fitted.attributes.get(name, ())) if attribute.bins is None else bin_names(attribute.bins)
@@ -249,6 +247,17 @@ def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: i
         n_items=n_items,
         n_train_items=n_train_items,
     )
+
+
+def check_labels(config: RunConfig, labels: Mapping[str, LabelStats]) -> None:
+    """Raises DataError for a label that no training event has, with the tasks that read it."""
+    for label, stats in labels.items():
+        readers = [f"tasks.{n}" for n, task in config.tasks.items() if label in task.labels_read]
+        if readers and not stats.count:
+            raise DataError(
+                f"{', '.join(readers)}: no training event has the label {label!r}; take the task out, or look at "
+                f"data.labels.{label} and the log's column"
+            )
 
 
 def _fit_features(data: DataConfig, fitted: Fitted) -> tuple[FeatureSpec, ...]:

@@ -68,6 +68,7 @@ def _prepare(config: RunConfig, directory: storage.Directory, append: bool) -> s
     parts = lineage.covered(config, directory.root, published, files)
     covers = lineage.covers(parts)
     if published is not None and published["covers"] == covers:
+        fit.check_labels(config, LogSchema.model_validate_json(storage.read_bytes(directory.path("schema.json"))).labels)
         log.info("prepare: reused %s", directory.root)
         return directory
     before, inputs, key, units_before = None, covers, None, 0

@@ -12,6 +12,7 @@ from mtrec_ray.evaluation.measure import Model, System, measure
 from mtrec_ray.evaluation.reduce import COUNTS, WHOLE, Reducer, Summary, points_of, slices_of, summarise, whole
 from mtrec_ray.evaluation.statistics import FloatArray, Resampler, Statistics, interval
 from mtrec_ray.predictor import Predictor
+from mtrec_ray.tasks import judges_of
 from mtrec_ray.training.feed import WindowCache
 
 MODEL = "model"
@@ -113,14 +114,4 @@ def compare_with_baselines(summaries: dict[str, Summary], retrieval: str, resamp
 
 def unmeasured(summary: Summary, tasks: dict[str, Any]) -> dict[str, str]:
     """Task -> why it has no metric: a task without labels in the split gets no number, and that is said."""
-    reasons = {
-        "retrieval": "no positive target",
-        "similarity": "no target with a history item before it",
-        "profile": "no user of the test folds with the attribute",
-    }
-    out = {}
-    for name, found in summary.items():
-        if not found:
-            kind = tasks[name].kind
-            out[name] = reasons.get(kind, "no target with the label") + " in this split"
-    return out
+    return {name: f"{judge.nothing} in this split" for name, judge in judges_of(tasks).items() if not summary.get(name)}

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtrec_ray.config import BinaryTask, ProfileTask, RegressionTask
 from mtrec_ray.evaluation import metrics as m
 from mtrec_ray.predictor import EncodedHistories, Predictor
 from mtrec_ray.retrieval.exact import NONE, mask_items, top_k
 from mtrec_ray.schema import LogSchema
+from mtrec_ray.tasks import judges_of
 from mtrec_ray.training.feed import WindowCache, collate
 
 IntArray = NDArray[np.int64]
@@ -102,7 +102,7 @@ class System:
         return None
 
     def predictions(self, moments: Moments) -> dict[str, FloatArray]:
-        """Task -> prediction at each target, (T,)."""
+        """Task -> prediction at each target, (T,) or (T, C)."""
         return {}
 
     def profiles(self, moments: Moments) -> dict[str, FloatArray]:
@@ -195,9 +195,11 @@ class Facts(_Joined):
     point_moment: IntArray
     point_item: IntArray
     labels: dict[str, FloatArray] = field(default_factory=dict)
-    """Pointwise task -> (T,) label, NaN is missing."""
+    """Pointwise task -> (T,) label, or (T, C); NaN is missing."""
     attributes: dict[str, IntArray] = field(default_factory=dict)
     """Attribute -> (B,) class, -1 is missing."""
+    truths: dict[str, FloatArray] = field(default_factory=dict)
+    """Task that is judged by moments -> (B, C); a row of NaN is missing."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -238,7 +240,9 @@ def facts_of(predictor: Predictor, moments: Moments, lists: bool) -> Facts:
         visible = moments.visible()
         count = np.diff(visible.indptr)
         np.divide(np.asarray(visible @ item_shares(predictor)), count, out=history_share, where=count > 0)
-    pointwise = {n: t.label for n, t in tasks.items() if isinstance(t, RegressionTask | BinaryTask)}
+    judges = judges_of(tasks)
+    labels = {n: judge.label(moments.column) for n, judge in judges.items()}
+    truths = {n: judge.truth(predictor, moments) for n, judge in judges.items()}
     return Facts(
         user=moments.user_ids,
         visible=moments.events.astype(np.int64),
@@ -248,8 +252,9 @@ def facts_of(predictor: Predictor, moments: Moments, lists: bool) -> Facts:
         pair_item=pair_item,
         point_moment=moments.row,
         point_item=moments.item_T,
-        labels={n: moments.column(f"label_{label}").astype(np.float64) for n, label in pointwise.items()},
+        labels={n: label for n, label in labels.items() if label is not None},
         attributes={a.name: columns[f"profile_{a.name}"][moments.index].astype(np.int64) for a in moments.schema.attributes},
+        truths={n: truth for n, truth in truths.items() if truth is not None},
     )
 
 
@@ -308,7 +313,3 @@ def measure(
         facts.append(facts_of(predictor, moments, lists))
         answers.append({name: ask(system, moments, facts[-1], lists) for name, system in systems.items()})
     return Facts.join(facts), {name: Answers.join([a[name] for a in answers]) for name in systems}
-
-
-def profile_tasks(predictor: Predictor) -> dict[str, ProfileTask]:
-    return {n: t for n, t in predictor.config.tasks.items() if isinstance(t, ProfileTask)}

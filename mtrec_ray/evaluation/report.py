@@ -21,6 +21,7 @@ from mtrec_ray.evaluation import figures as f
 from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER
 from mtrec_ray.evaluation.statistics import interval
 from mtrec_ray.predictor import Predictor
+from mtrec_ray.tasks import judges_of
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PROTOCOLS = {
@@ -30,7 +31,6 @@ PROTOCOLS = {
     "item_holdout": "judged on items that training never saw; time leaks",
     "random": "judged on events hidden at random; the user's later events are known, so time leaks",
 }
-MAIN = {"retrieval": "ndcg@10", "regression": "rmse", "binary": "auc", "similarity": "hit@10", "profile": "accuracy"}
 SPLITS = ("train", "valid", "test")
 EXAMPLES, NEAREST = 6, 5
 
@@ -59,7 +59,7 @@ class _Page:
             self.resamples = {n: resamples[n] for n in resamples.files}
         self.predictor: Predictor = bundle.load(storage.join(run, "bundle"))
         self.catalogue = storage.read_table(self.data.path("catalogue.parquet"))
-        self.kinds = {n: t.kind for n, t in self.predictor.config.tasks.items()}
+        self.mains = {n: judge.main for n, judge in judges_of(self.predictor.config.tasks).items()}
         self.retrieval = self.predictor.retrieval_name
         self.splits = {s: _SplitFacts(self.data, s, self.predictor) for s in SPLITS}
 
@@ -120,10 +120,10 @@ class _Page:
 
     def tiles(self) -> list[dict[str, str]]:
         out = []
-        for task, kind in self.kinds.items():
-            value = self.value(task, MAIN[kind])
+        for task, metric in self.mains.items():
+            value = self.value(task, metric)
             if value is not None:
-                out.append({"value": f"{value:.3f}", "words": f"{task}: {MAIN[kind]}"})
+                out.append({"value": f"{value:.3f}", "words": f"{task}: {metric}"})
         return out
 
     def sentences(self) -> list[str]:
@@ -143,8 +143,7 @@ class _Page:
                 f"95 % interval {c['low']:+.4f} to {c['high']:+.4f}."
             )
         weak = []
-        for task, kind in self.kinds.items():
-            metric = MAIN[kind]
+        for task, metric in self.mains.items():
             best, mine = self.best_baseline(task, metric), self.value(task, metric)
             if task != self.retrieval and best is not None and mine is not None:
                 theirs = self.value(task, metric, best) or 0.0
@@ -208,7 +207,7 @@ class _Page:
 
     def slice_table(self) -> str:
         """The main metric of every task on every slice."""
-        shown = [(t, MAIN[k]) for t, k in self.kinds.items() if self.value(t, MAIN[k]) is not None]
+        shown = [(t, metric) for t, metric in self.mains.items() if self.value(t, metric) is not None]
         found = {"all": self.metrics["model"], **self.metrics["slices"]}
         rows = []
         for name in ["all", *sorted(self.metrics["slices"], key=_slice_order)]:
@@ -218,7 +217,7 @@ class _Page:
         return f.html_table(["", *[f"{t} {metric}" for t, metric in shown]], rows, own=0)
 
     def calibration(self) -> str:
-        found = {t: self.curves.get(f"model|{t}|calibration") for t in self.kinds}
+        found = {t: self.curves.get(f"model|{t}|calibration") for t in self.mains}
         curves = {t: curve for t, curve in found.items() if curve is not None and curve[:, 0].any()}
         return f.calibration(curves) if curves else ""
 
@@ -319,7 +318,7 @@ class _Page:
         events = EventAccumulator(str(newest))
         events.Reload()
         tags = set(events.Tags()["scalars"])
-        losses = {t: [e.value for e in events.Scalars(f"train/{t}/loss")] for t in self.kinds if f"train/{t}/loss" in tags}
+        losses = {t: [e.value for e in events.Scalars(f"train/{t}/loss")] for t in self.mains if f"train/{t}/loss" in tags}
         monitor = self.predictor.config.train.monitor
         if not losses or f"valid/{monitor}" not in tags:
             return ""

@@ -126,12 +126,31 @@ class Statistics:
         for i, name in enumerate(table):
             self.sums[name] = sums_RF[:, 3 * i : 3 * i + 3]
 
+    def counted(self, name: str) -> bool:
+        """Whether a mean is over anything."""
+        return name in self.sums and bool(self.sums[name][0, 1] > 0)
+
     def mean(self, name: str) -> FloatArray:
         """(R,); NaN where nothing was counted, (1,) where fewer than MIN_USERS users were."""
         total, count, users = self.sums[name].T
         if users[0] < MIN_USERS:
             total, count = total[:1], count[:1]
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def class_metrics(margins_R3C: FloatArray) -> dict[str, FloatArray]:
+    """Right, labelled and guessed per class -> accuracy, and F1 averaged over the classes that occur as label or guess."""
+    if margins_R3C[0, 1].sum() < MIN_USERS:
+        margins_R3C = margins_R3C[:1]
+    right, both, total = margins_R3C[:, 0], margins_R3C[:, 1:].sum(1), margins_R3C[:, 1].sum(1)
+    f1 = np.divide(2 * right, both, out=np.zeros_like(both), where=both > 0)
+    occurring = (both > 0).sum(1)
+    nan = np.full(len(total), np.nan)
+    return {
+        "accuracy": np.divide(right.sum(1), total, out=nan.copy(), where=total > 0),
+        "macro_f1": np.divide(f1.sum(1), occurring, out=nan.copy(), where=occurring > 0),
+        "n": total[:1],
+    }
 
 
 def interval(values_R: FloatArray, level: float = 0.95) -> tuple[float, float] | None:

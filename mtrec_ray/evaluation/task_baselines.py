@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,11 +11,11 @@ from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression
 
-from mtrec_ray.config import BinaryTask, RegressionTask
 from mtrec_ray.evaluation.baselines import Fitted, ItemVectors
-from mtrec_ray.evaluation.measure import Moments, System, profile_tasks
+from mtrec_ray.evaluation.measure import Moments, System
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.schema import LogSchema
+from mtrec_ray.tasks import Judge, judges_of
 from mtrec_ray.training.feed import WindowCache
 
 IntArray = NDArray[np.int64]
@@ -28,21 +29,29 @@ MAX_ROWS = 200_000
 """Training targets that gradient boosting sees, spread evenly."""
 
 
-class Means(System):
-    """The mean training label of the item, or of the user; the overall mean for those without one."""
+Table = tuple[dict[str, float] | FloatArray, float]
+"""Mean of each user, or of each item; the overall mean."""
 
-    def __init__(self, by: str, tables: dict[str, tuple[dict[str, float] | FloatArray, float]]) -> None:
-        self.by, self.tables = by, tables
+
+class Means(System):
+    """The mean training label of the item, or of the user; the overall mean for those without one.
+
+    tables: task -> (its judge, one table per column of the label).
+    """
+
+    def __init__(self, tables: dict[str, tuple[Judge, list[Table]]]) -> None:
+        self.tables = tables
 
     def predictions(self, moments: Moments) -> dict[str, FloatArray]:
-        out = {}
-        for task, (table, overall) in self.tables.items():
-            if isinstance(table, dict):
-                per_moment = np.array([table.get(u, overall) for u in moments.user_ids], dtype=np.float64)
-                out[task] = per_moment[moments.row]
-            else:
-                out[task] = table[moments.item_T]
-        return out
+        return {
+            task: judge.assemble(np.column_stack([self._column(moments, *table) for table in columns]))
+            for task, (judge, columns) in self.tables.items()
+        }
+
+    def _column(self, moments: Moments, table: dict[str, float] | FloatArray, overall: float) -> FloatArray:
+        if not isinstance(table, dict):
+            return table[moments.item_T]
+        return np.array([table.get(u, overall) for u in moments.user_ids], dtype=np.float64)[moments.row]
 
 
 class Majority(System):
@@ -74,17 +83,22 @@ class Boosting(System):
     """Histogram gradient boosting on what is known before the event: mean and count of the item's earlier training
     labels, the number of visible events and the mean of each action among those that the window shows."""
 
-    def __init__(self, schema: LogSchema, items: dict[str, ItemMeans], models: dict[str, object]) -> None:
-        self.schema, self.items, self.models = schema, items, models
+    def __init__(self, schema: LogSchema, models: dict[str, tuple[Judge, list[tuple[ItemMeans, object]]]]) -> None:
+        self.schema, self.models = schema, models
 
     def predictions(self, moments: Moments) -> dict[str, FloatArray]:
         cache, out = moments.cache, {}
         user = _user_features(cache, self.schema, moments.target, cache.offsets["history"][moments.index][moments.row])
-        for task, model in self.models.items():
-            table = np.column_stack([self.items[task].features(moments.item_T), user])
-            kind = hasattr(model, "predict_proba")
-            out[task] = model.predict_proba(table)[:, 1] if kind else model.predict(table)  # type: ignore[attr-defined]
+        for task, (judge, columns) in self.models.items():
+            tables = [(np.column_stack([items.features(moments.item_T), user]), model) for items, model in columns]
+            out[task] = judge.assemble(np.column_stack([_predict(model, table) for table, model in tables]))
         return out
+
+
+def _predict(model: object, table: FloatArray) -> FloatArray:
+    if hasattr(model, "predict_proba"):
+        return model.predict_proba(table)[:, 1]  # type: ignore[no-any-return]
+    return model.predict(table)  # type: ignore[attr-defined, no-any-return]
 
 
 class ItemMeans:
@@ -146,76 +160,107 @@ def fit_task_baselines(
     predictor: Predictor, train: WindowCache, valid: WindowCache, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, Fitted]:
     """item_mean, user_mean, gradient_boosting, majority, item_bag, item_vectors: those that the tasks ask for."""
-    tasks = {n: t for n, t in predictor.config.tasks.items() if isinstance(t, RegressionTask | BinaryTask)}
+    judges = judges_of(predictor.config.tasks)
     out: dict[str, Fitted] = {}
-    target, length = train.gather("target", np.arange(len(train)))
-    window = np.repeat(np.arange(len(train)), length)
-    item = train.columns["target_item"][target].astype(np.int64)
-    labels = {n: train.columns[f"label_{t.label}"][target].astype(np.float64) for n, t in tasks.items()}
-    tasks = {n: t for n, t in tasks.items() if (~np.isnan(labels[n])).any()}
-    if tasks:
-        items = {n: ItemMeans(item, labels[n], predictor.schema.n_items) for n in tasks}
+    targets = _Targets(train)
+    columns = _columns(judges, targets)
+    if columns:
         encoded = train.user_ids.dictionary_encode()
-        user = encoded.indices.to_numpy()[window]
-        by_user = {}
-        for n in tasks:
-            means = ItemMeans(user, labels[n], len(encoded.dictionary)).means()
-            by_user[n] = (dict(zip(encoded.dictionary.to_pylist(), means.tolist(), strict=True)), items[n].overall)
-        out["item_mean"] = Fitted(Means("item", {n: (t.means(), t.overall) for n, t in items.items()}), {})
-        out["user_mean"] = Fitted(Means("user", dict(by_user)), {})
+        user, ids = encoded.indices.to_numpy()[targets.window], encoded.dictionary.to_pylist()
+        items = {n: [ItemMeans(targets.item, c, predictor.schema.n_items) for c in columns[n].T] for n in columns}
+        by_item: dict[str, tuple[Judge, list[Table]]] = {}
+        by_user: dict[str, tuple[Judge, list[Table]]] = {}
+        for name, tables in items.items():
+            by_item[name] = (judges[name], [(t.means(), t.overall) for t in tables])
+            users = [ItemMeans(user, c, len(ids)).means().tolist() for c in columns[name].T]
+            both = zip(users, tables, strict=True)
+            by_user[name] = (judges[name], [(dict(zip(ids, means, strict=True)), t.overall) for means, t in both])
+        out["item_mean"] = Fitted(Means(by_item), {})
+        out["user_mean"] = Fitted(Means(by_user), {})
         progress("fitting gradient_boosting")
-        out["gradient_boosting"] = _fit_boosting(predictor, tasks, items, labels, train, valid, target, window)
-    if profile_tasks(predictor):
+        out["gradient_boosting"] = _fit_boosting(predictor, judges, items, columns, targets, _Targets(valid))
+    attributes = {n: judge.attribute for n, judge in judges.items() if judge.attribute is not None}
+    if attributes:
         progress("fitting item_bag")
-        out |= _fit_profiles(predictor, train, valid)
+        out |= _fit_profiles(predictor, attributes, train, valid)
     out["item_vectors"] = Fitted(ItemVectors(predictor.item_vec_ND), {})
+    return out
+
+
+class _Targets:
+    """All targets of a split, in the order of its windows."""
+
+    def __init__(self, cache: WindowCache) -> None:
+        self.cache = cache
+        self.place, length = cache.gather("target", np.arange(len(cache)))
+        self.window = np.repeat(np.arange(len(cache)), length)
+        self.item = self.column("target_item").astype(np.int64)
+
+    def column(self, name: str) -> NDArray[Any]:
+        return self.cache.columns[name][self.place]
+
+    def user_features(self, schema: LogSchema) -> FloatArray:
+        return _user_features(self.cache, schema, self.place, self.cache.offsets["history"][self.window])
+
+
+def _columns(judges: dict[str, Judge], targets: _Targets) -> dict[str, FloatArray]:
+    """Task -> its labels at the targets as columns, (T, C); tasks without any label are left out."""
+    out = {}
+    for name, judge in judges.items():
+        label = judge.label(targets.column)
+        columns = None if label is None else judge.columns(label)
+        if columns is not None and (~np.isnan(columns)).any():
+            out[name] = columns
     return out
 
 
 def _fit_boosting(
     predictor: Predictor,
-    tasks: dict[str, RegressionTask | BinaryTask],
-    items: dict[str, ItemMeans],
-    labels: dict[str, FloatArray],
-    train: WindowCache,
-    valid: WindowCache,
-    target: IntArray,
-    window: IntArray,
+    judges: dict[str, Judge],
+    items: dict[str, list[ItemMeans]],
+    columns: dict[str, FloatArray],
+    train: _Targets,
+    valid: _Targets,
 ) -> Fitted:
+    """A model per task and column of its label; one number of leaves per task."""
     schema = predictor.schema
-    item = train.columns["target_item"][target].astype(np.int64)
-    time, row = (train.columns[c][target].astype(np.int64) for c in ("target_time", "target_row"))
-    user = _user_features(train, schema, target, train.offsets["history"][window])
-    v, v_length = valid.gather("target", np.arange(len(valid)))
-    v_user = _user_features(valid, schema, v, np.repeat(valid.offsets["history"][:-1], v_length))
-    v_item = valid.columns["target_item"][v].astype(np.int64)
-    models: dict[str, object] = {}
+    time, row = (train.column(c).astype(np.int64) for c in ("target_time", "target_row"))
+    user, v_user = train.user_features(schema), valid.user_features(schema)
+    models: dict[str, tuple[Judge, list[tuple[ItemMeans, object]]]] = {}
     chosen: dict[str, float] = {}
-    for name, task in tasks.items():
-        rows = np.flatnonzero(~np.isnan(labels[name]))
+    for name, label_TC in columns.items():
+        rows = np.flatnonzero(~np.isnan(label_TC).any(1))
         rows = rows[:: max(1, -(-len(rows) // MAX_ROWS))]
-        table = np.column_stack([items[name].earlier(item, labels[name], time, row)[rows], user[rows]])
-        v_label = valid.columns[f"label_{task.label}"][v].astype(np.float64)
-        keep = ~np.isnan(v_label)
-        v_table = np.column_stack([items[name].features(v_item[keep]), v_user[keep]])
-        binary = isinstance(task, BinaryTask)
-        if binary and len(np.unique(labels[name][rows])) < 2:
+        classify = judges[name].proportions
+        if not len(rows) or (classify and any(len(np.unique(c)) < 2 for c in label_TC[rows].T)):
             continue
-        make = HistGradientBoostingClassifier if binary else HistGradientBoostingRegressor
+        found = judges[name].label(valid.column)
+        v_label = None if found is None else judges[name].columns(found)
+        assert v_label is not None  # it gave training columns
+        keep = ~np.isnan(v_label).any(1)
+        make = HistGradientBoostingClassifier if classify else HistGradientBoostingRegressor
         tried = []
         for leaves in LEAVES:
-            model = make(max_leaf_nodes=leaves, max_iter=100, learning_rate=0.05, random_state=predictor.config.seed)
-            model.fit(table, labels[name][rows])
-            guess = model.predict_proba(v_table)[:, 1] if binary and keep.any() else model.predict(v_table) if keep.any() else []
-            error = float(np.mean((np.asarray(guess) - v_label[keep]) ** 2)) if keep.any() else 0.0
-            tried.append((error, leaves, model))
+            fitted, error = [], 0.0
+            for c, means in enumerate(items[name]):
+                table = np.column_stack([means.earlier(train.item, label_TC[:, c], time, row)[rows], user[rows]])
+                model = make(max_leaf_nodes=leaves, max_iter=100, learning_rate=0.05, random_state=predictor.config.seed)
+                model.fit(table, label_TC[rows, c])
+                if keep.any():
+                    v_table = np.column_stack([means.features(valid.item[keep]), v_user[keep]])
+                    error += float(np.mean((_predict(model, v_table) - v_label[keep, c]) ** 2))
+                fitted.append((means, model))
+            tried.append((error, leaves, fitted))
         best = min(tried, key=lambda t: t[:2])
-        models[name], chosen[f"{name}_leaves"] = best[2], best[1]
-    return Fitted(Boosting(schema, items, models), chosen, len(LEAVES) if len(v) else 0)
+        models[name], chosen[f"{name}_leaves"] = (judges[name], best[2]), best[1]
+    return Fitted(Boosting(schema, models), chosen, len(LEAVES) if len(valid.cache) else 0)
 
 
-def _fit_profiles(predictor: Predictor, train: WindowCache, valid: WindowCache) -> dict[str, Fitted]:
-    """Majority and the linear model on users outside the test and valid folds, as they stand at the end of training."""
+def _fit_profiles(predictor: Predictor, attributes: dict[str, str], train: WindowCache, valid: WindowCache) -> dict[str, Fitted]:
+    """Majority and the linear model on users outside the test and valid folds, as they stand at the end of training.
+
+    attributes: task -> attribute.
+    """
     evaluation = predictor.config.evaluation
     masked = np.isin(train.columns["fold"], (*evaluation.profile_folds_test, evaluation.profile_fold_valid))
     ids = np.array(train.user_ids.to_pylist(), dtype=object)
@@ -234,14 +279,14 @@ def _fit_profiles(predictor: Predictor, train: WindowCache, valid: WindowCache) 
     shares: dict[str, FloatArray] = {}
     models: dict[str, tuple[LogisticRegression, int]] = {}
     chosen: dict[str, float] = {}
-    for name, task in profile_tasks(predictor).items():
-        label = train.columns[f"profile_{task.attribute}"][first].astype(np.int64)
+    for name, attribute in attributes.items():
+        label = train.columns[f"profile_{attribute}"][first].astype(np.int64)
         rows = np.flatnonzero((label >= 0) & ~masked[first])
-        classes = len(next(a.classes for a in predictor.schema.attributes if a.name == task.attribute))
+        classes = len(next(a.classes for a in predictor.schema.attributes if a.name == attribute))
         shares[name] = (np.bincount(label[rows], minlength=classes) + 1e-9) / np.float64(len(rows) + classes * 1e-9)
         if len(np.unique(label[rows])) < 2:
             continue
-        v_label = valid.columns[f"profile_{task.attribute}"][on_valid.index].astype(np.int64)
+        v_label = valid.columns[f"profile_{attribute}"][on_valid.index].astype(np.int64)
         tried = []
         for strength in STRENGTHS:
             model = LogisticRegression(C=strength, max_iter=300).fit(bag[rows], label[rows])

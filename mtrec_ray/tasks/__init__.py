@@ -1,30 +1,39 @@
-"""Kinds of tasks. A new kind is one file and one case in `build_task`."""
+"""Kinds of tasks. A new kind is one file with a `KIND`, and its name in `KINDS` (docs/tasks.md)."""
 
 from __future__ import annotations
 
-from mtrec_ray.config import BinaryTask, ModelConfig, ProfileTask, RegressionTask, RetrievalTask, SimilarityTask, TaskConfig
+from collections.abc import Mapping
+
+from mtrec_ray.config import BaseTask, ModelConfig
 from mtrec_ray.schema import LogSchema
+from mtrec_ray.tasks import binary, profile, regression, retrieval, similarity
 from mtrec_ray.tasks.base import Forward, PointwiseTask, Task
 from mtrec_ray.tasks.binary import Binary
+from mtrec_ray.tasks.judge import Judge, Kind
 from mtrec_ray.tasks.profile import Profile
 from mtrec_ray.tasks.regression import Regression
 from mtrec_ray.tasks.retrieval import Retrieval
 from mtrec_ray.tasks.similarity import Similarity
 
-__all__ = ["Binary", "Forward", "PointwiseTask", "Profile", "Regression", "Retrieval", "Similarity", "Task", "build_task"]
+__all__ = [
+    "KINDS", "Binary", "Forward", "Judge", "Kind", "PointwiseTask", "Profile", "Regression", "Retrieval", "Similarity", "Task",
+    "build_task", "judges_of", "register",
+]  # fmt: skip
+
+KINDS: dict[str, Kind] = {k.KIND.name: k.KIND for k in (retrieval, regression, binary, similarity, profile)}
 
 
-def build_task(name: str, config: TaskConfig, schema: LogSchema, model: ModelConfig) -> Task:
+def register(kind: Kind) -> None:
+    """Add a kind that lives elsewhere; before a configuration that names it is read. Raises ValueError for a taken name."""
+    if KINDS.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f"there is a kind {kind.name!r} of tasks already")
+
+
+def build_task(name: str, config: BaseTask, schema: LogSchema, model: ModelConfig) -> Task:
     """The module of a configured task."""
-    match config:
-        case RetrievalTask():
-            return Retrieval(name, model.width, schema.exclude_seen)
-        case RegressionTask():
-            return Regression(name, config.label, schema.labels[config.label], model.sharing_width)
-        case BinaryTask():
-            return Binary(name, config.label, model.sharing_width)
-        case SimilarityTask():
-            return Similarity(name, model.width, config.temperature)
-        case ProfileTask():
-            classes = next(a.classes for a in schema.attributes if a.name == config.attribute)
-            return Profile(name, config.attribute, classes, model.width)
+    return KINDS[config.kind].task.build(name, config, schema, model)
+
+
+def judges_of(tasks: Mapping[str, BaseTask]) -> dict[str, Judge]:
+    """Task -> its judge."""
+    return {name: KINDS[config.kind].judge(name, config) for name, config in tasks.items()}

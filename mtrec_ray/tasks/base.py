@@ -1,15 +1,18 @@
-"""The contract of a task: what it counts, its loss, and (for pointwise tasks) its prediction.
+"""The contract of a task: what it counts, its loss, and (for pointwise tasks) its prediction. How it is judged: judge.py.
 
-A kind of task is one file here and one line in `mtrec_ray/tasks/__init__.py`.
+A kind of task is one file here and its name in `mtrec_ray/tasks/__init__.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
+from mtrec_ray.config import ModelConfig
 from mtrec_ray.models.batch import Batch
+from mtrec_ray.schema import LogSchema
 
 
 @dataclass
@@ -33,6 +36,11 @@ class Task(nn.Module):
     name: str
     pointwise = False
     """Whether the task reads the sharing layers and gives a number per (user, item)."""
+
+    @classmethod
+    def build(cls, name: str, config: Any, schema: LogSchema, model: ModelConfig) -> Task:
+        """The module of a configured task; config: of the kind's own class."""
+        raise NotImplementedError
 
     def count(self, batch: Batch) -> Tensor:
         raise NotImplementedError

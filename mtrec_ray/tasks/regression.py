@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtrec_ray.config import ModelConfig, RegressionTask
+from mtrec_ray.evaluation.statistics import Resampler, Statistics
 from mtrec_ray.models.batch import Batch
-from mtrec_ray.schema import LabelStats
+from mtrec_ray.schema import LabelStats, LogSchema
 from mtrec_ray.tasks.base import Forward, PointwiseTask
+from mtrec_ray.tasks.judge import FloatArray, Kind, LabelJudge
+
+if TYPE_CHECKING:
+    from mtrec_ray.evaluation.reduce import Reduction
 
 
 class Regression(PointwiseTask):
@@ -18,6 +27,10 @@ class Regression(PointwiseTask):
         self.name, self.label = name, label
         self.mean, self.std = stats.mean, max(stats.std, 1e-6)
         self.head = nn.Linear(shared_width, 1)
+
+    @classmethod
+    def build(cls, name: str, config: RegressionTask, schema: LogSchema, model: ModelConfig) -> Regression:
+        return cls(name, config.label, schema.labels[config.label], model.sharing_width)
 
     def count(self, batch: Batch) -> Tensor:
         return (~torch.isnan(batch.targets.labels_M[self.label])).sum()
@@ -33,3 +46,29 @@ class Regression(PointwiseTask):
 
     def final(self, prediction: Tensor) -> Tensor:
         return (prediction - self.mean) / self.std
+
+
+class RegressionJudge(LabelJudge):
+    """RMSE and mean absolute error over events."""
+
+    main = "rmse"
+
+    def reduce(self, r: Reduction) -> None:
+        found = r.points(self.name)
+        if found is None:
+            return
+        user_T, label, prediction = found
+        r.per_event(f"{self.name}/rmse", user_T, (prediction - label) ** 2)
+        r.per_event(f"{self.name}/mae", user_T, np.abs(prediction - label))
+
+    def summarise(self, statistics: Statistics, resampler: Resampler) -> dict[str, FloatArray]:
+        if not statistics.counted(f"{self.name}/rmse"):
+            return {}
+        return {
+            "rmse": np.sqrt(statistics.mean(f"{self.name}/rmse")),
+            "mae": statistics.mean(f"{self.name}/mae"),
+            "n": statistics.sums[f"{self.name}/rmse"][:1, 1],
+        }
+
+
+KIND = Kind("regression", RegressionTask, Regression, RegressionJudge)
