@@ -79,8 +79,8 @@ def _leave_one_out(study: dict[str, Any], tasks: list[str]) -> str:
 
 
 def _affinity(study: dict[str, Any], tasks: list[str]) -> str:
-    value = np.array(study["grouping"]["affinity"], dtype=np.float64)
-    np.fill_diagonal(value, np.nan)
+    found = study["grouping"]["affinity"]
+    value = np.array([[np.nan if a == b else found[a][b] for b in tasks] for a in tasks])
     return f.matrix(tasks, tasks, value, ("to", "from"))
 
 

@@ -33,8 +33,8 @@ def gain_resamples(
 ) -> dict[str, NDArray[np.float64]]:
     """Task -> (R,) relative gain of new over old, for the tasks that both have."""
     out = {}
-    for task in new:
-        if task in old:
+    for task in metrics:  # in the declared order
+        if task in new and task in old:
             n = min(len(new[task]), len(old[task]))
             out[task] = relative_gain(new[task][:n], old[task][:n], metrics[task])
     return out
@@ -57,10 +57,11 @@ def summarise_gains(
     found: Mapping[str, NDArray[np.float64]], a: Mapping[str, NDArray[np.float64]], b: Mapping[str, NDArray[np.float64]]
 ) -> dict[str, Any]:
     tasks = {t: row(g, reference=float(a[t][0]), value=float(b[t][0])) for t, g in found.items()}
-    usable = [g for g in found.values() if np.isfinite(g[0])]
-    shortest = min((len(g) for g in usable), default=0)
-    mean = row(np.mean([g[:shortest] for g in usable], axis=0)) if usable else {"gain": None, "low": None, "high": None}
-    return {"tasks": tasks, "mean": mean}
+    usable = {t: g for t, g in found.items() if np.isfinite(g[0])}
+    usable = {t: g for t, g in usable.items() if len(g) > 1} or usable  # one task without resamples must not take them all
+    shortest = min((len(g) for g in usable.values()), default=0)
+    mean_R = np.mean([g[:shortest] for g in usable.values()], axis=0) if usable else np.full(1, np.nan)
+    return {"tasks": tasks, "mean": row(mean_R, tasks=list(usable))}
 
 
 def valid_gains(new: Found | None, reference: Mapping[str, float], metrics: Mapping[str, str]) -> dict[str, float]:

@@ -100,7 +100,10 @@ def _page(found: dict[str, Any], out: str) -> None:
     except ModuleNotFoundError as error:
         log.info("no tasks.html, %s is missing: pip install 'mtrec_ray[report]'", error.name)
         return
-    storage.write_bytes(storage.join(out, "tasks.html"), render(found).encode())
+    try:
+        storage.write_bytes(storage.join(out, "tasks.html"), render(found).encode())
+    except Exception:  # a picture that cannot be drawn must not cost the numbers
+        log.exception("no tasks.html; the same command tries again and trains nothing anew")
 
 
 def _budget(bench: Bench, settings: Settings, out: str) -> int:

@@ -84,7 +84,7 @@ class Study:
                 continue
             self.seconds.append(float(found["seconds"]))
             left = (time.perf_counter() - started) / done * (len(todo) - done)
-            values = " ".join(f"{t}={v:.4f}" for t, v in found["valid"].items())
+            values = " ".join(f"{t}={found['valid'][t]:.4f}" for t in self.bench.tasks if t in found["valid"])
             log.info("%s: %d of %d, %s, %.0f s, best epoch %d, valid %s; about %s left in this stage", stage, done, len(todo),
                      found["cell"]["name"], found["seconds"], found["best_epoch"] + 1, values, _minutes(left))  # fmt: skip
 
@@ -217,7 +217,8 @@ class Study:
         partitions = best_partitions(tasks, affinity_TT, measured)
         return {
             "measured": [{"tasks": [t for t in tasks if t in g], "valid_gains": m} for g, m in measured.items()],
-            "affinity": affinity_TT.tolist(), "partitions": [p.facts() for p in partitions], "tolerance": TOLERANCE,
+            "affinity": {a: {b: float(affinity_TT[i, j]) for j, b in enumerate(tasks) if j != i} for i, a in enumerate(tasks)},
+            "partitions": [p.facts() for p in partitions], "tolerance": TOLERANCE,
             "screened": recommend(partitions).facts(),
         }  # fmt: skip
 
@@ -228,7 +229,7 @@ class Study:
             cells = [self.joint(seed) if tuple(g) == self.bench.tasks else self.group(g, seed) for g in groups]
             values = {t: v for f in self.cells(cells) for t, v in f["valid"].items()}
             gain = mean_gain(values, self.reference(seed), self.bench.metrics)
-            if gain is None or len(values) < len(self.bench.tasks):
+            if gain is None or not set(self.reference(seed)) <= set(values):
                 return None
             found.append(gain)
         return float(np.mean(found))
@@ -290,18 +291,19 @@ class Study:
         }
 
     def _decide_grid(self, grid: dict[str, Any], finalists: Sequence[Any], seeds: Sequence[int]) -> None:
-        """The best of the grid against the plain sum, over all seeds."""
+        """The best of the grid against the plain sum, over all seeds: on valid it must win by the tolerance."""
         if not finalists:
             return
         best, plain = tuple(grid["best"]), tuple(grid["plain"])
-        cells = {v: [self.variant(v, s) for s in seeds] for v in dict.fromkeys([best, plain])}
-        gain = {v: [f[f"valid_{MEAN_GAIN}"] for f in self.cells(c)] for v, c in cells.items()}
-        grid["finalist_valid_mean_gain"] = {" ".join(v): float(np.mean(g)) for v, g in gain.items() if g and None not in g}
+        cells = {v: self.cells([self.variant(v, s) for s in seeds]) for v in dict.fromkeys([best, plain])}
+        known = {v: [g for f in found if (g := f[f"valid_{MEAN_GAIN}"]) is not None] for v, found in cells.items()}
+        gain = {v: float(np.mean(g)) for v, g in known.items() if g}
+        wins = best != plain and gain.get(best, -np.inf) > gain.get(plain, -np.inf) + TOLERANCE
+        grid["finalist_valid_mean_gain"] = {" ".join(v): g for v, g in gain.items()}
+        grid["recommended"] = list(best if wins else plain)
         grid["over_plain"] = None
-        if best != plain and all(self.cells(c) for c in cells.values()):
-            grid["over_plain"] = r.compare_cells(
-                self.cells(cells[best]), self.cells(cells[plain]), self.bench.config, self.bench.metrics
-            )
+        if best != plain and all(cells.values()):
+            grid["over_plain"] = r.compare_cells(cells[best], cells[plain], self.bench.config, self.bench.metrics)
 
 
 def _minutes(seconds: float) -> str:

@@ -35,17 +35,12 @@ def sentences(study: dict[str, Any]) -> list[str]:
         sure = over["mean"]["low"] is not None and over["mean"]["low"] > 0
         out.append(f"On test they gain {_gain(over['mean'])} over one model" + ("." if sure else ": the test does not confirm it."))
     if grid.get("best"):
-        best, plain = " with ".join(grid["best"]), " with ".join(grid["plain"])
-        if grid["best"] == grid["plain"]:
-            out.append(f"Of sharing × balancing, the plain sum ({plain}) is best on valid.")
-        elif grid["over_plain"]:
-            out.append(
-                f"Of sharing × balancing, {best} is best on valid; on test {_gain(grid['over_plain']['mean'])} over the plain sum."
-            )
-    for sentence in study["seesaw"]["broken"]:
-        out.append(f"Seesaw: {sentence}.")
-    for sentence in study["failed"]:
-        out.append(f"Failed: {sentence}.")
+        chosen = " with ".join(grid["recommended"])
+        if grid["recommended"] == grid["plain"]:
+            out.append(f"Of sharing × balancing, the plain sum ({chosen}) is recommended: nothing is clearly better on valid.")
+        else:
+            over = _gain(grid["over_plain"]["mean"])
+            out.append(f"Of sharing × balancing, {chosen} is recommended; on test it gains {over} over the plain sum.")
     return out
 
 
