@@ -191,6 +191,8 @@ def _changed(directory: storage.Directory, work: Callable[[], Any]) -> bool:
 
 def run_stages(config: RunConfig, out: str, stages: tuple[str, ...], append: bool = False) -> Run:
     """Connect, check, and run some stages in order. append: new files of the log join the prepared data."""
+    if "score" in stages:  # said before hours of training
+        config.require_retrieval("the score stage (jobs.pipeline; the stages up to evaluate run alone as jobs.STAGE)")
     runtime.connect()
     runtime.preflight(config, out)
     run = Run(config, out, append)

@@ -209,7 +209,11 @@ class Predictor:
 
     @torch.no_grad()
     def retrieval_scores(self, state_BD: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Score of every item -> (score_BN, popular_B). Rows without a history score by popularity."""
+        """Score of every item -> (score_BN, popular_B). Rows without a history score by popularity.
+
+        Raises NoRetrievalError.
+        """
+        self.config.require_retrieval("ranking items")
         popular_B = length_B == 0
         score_BN = self.index.scores(self.model.retrieval.query(state_BD))
         return torch.where(popular_B[:, None], self.popularity_N, score_BN), popular_B
@@ -244,16 +248,20 @@ class Predictor:
         # stable sorts: first by position, then by score
         by_item = torch.argsort(candidates.item_BK, dim=1, stable=True)
         order = by_item.gather(1, torch.argsort(final.gather(1, by_item), dim=1, descending=True, stable=True))[:, :k]
-        tasks = {self.retrieval_name: candidates.logit_BK, **predictions}
+        tasks = self._with_logit(candidates.logit_BK, predictions)
         return Ranked(
             candidates.item_BK.gather(1, order),
             final.gather(1, order),
             {name: values.gather(1, order) for name, values in tasks.items()},
         )
 
+    def _with_logit(self, logit_BK: Tensor, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert self.retrieval_name is not None  # there is a logit
+        return {self.retrieval_name: logit_BK, **predictions}
+
     def final_scores(self, logit_BK: Tensor, predictions: dict[str, Tensor]) -> Tensor:
         """Σ w·g (DESIGN §1.4)."""
-        total = self.final_weights[self.retrieval_name] * logit_BK
+        total = self.final_weights.get(self.retrieval_name or "", 0.0) * logit_BK
         for name, task in self.model.pointwise.items():
             if self.final_weights[name]:
                 total = total + self.final_weights[name] * task.final(predictions[name])
@@ -316,7 +324,7 @@ class Predictor:
     ) -> dict[str, Any]:
         """One row of given items -> the answer, in the order given."""
         final = torch.where(popular_B[:, None], logit_BK, self.final_scores(logit_BK, predictions))
-        ranked = Ranked(item_BK, final, {self.retrieval_name: logit_BK, **predictions})
+        ranked = Ranked(item_BK, final, self._with_logit(logit_BK, predictions))
         return self.answers(ranked, [degraded])[0]
 
     def similar(self, item_id: str, k: int, exclude: Sequence[str] = ()) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ the path of the key and what was expected; `key.path=value` on the command line 
 from mtrec_ray.config.data import AttributeConfig, DataConfig, ItemTextConfig, LabelConfig, PseudonymConfig, TableConfig
 from mtrec_ray.config.load import ConfigError, load_config, parse_config
 from mtrec_ray.config.model import ModelConfig
-from mtrec_ray.config.run import EncoderConfig, EvaluationConfig, RankingConfig, RunConfig, ScoringConfig
+from mtrec_ray.config.run import EncoderConfig, EvaluationConfig, NoRetrievalError, RankingConfig, RunConfig, ScoringConfig
 from mtrec_ray.config.tasks import BaseTask, BinaryTask, ProfileTask, RegressionTask, RetrievalTask, SimilarityTask, TaskConfig
 from mtrec_ray.config.train import BalancingConfig, TrainConfig
 
@@ -23,6 +23,7 @@ __all__ = [
     "ItemTextConfig",
     "LabelConfig",
     "ModelConfig",
+    "NoRetrievalError",
     "ProfileTask",
     "PseudonymConfig",
     "RankingConfig",

@@ -13,6 +13,16 @@ from mtrec_ray.config.tasks import RetrievalTask, TaskConfig
 from mtrec_ray.config.train import BalancingConfig, TrainConfig
 
 
+class NoRetrievalError(ValueError):
+    """Something that needs a retrieval task, asked of a run without one."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"tasks: {what} needs a task of kind retrieval, which chooses the candidates; add retrieval: {{kind: retrieval}} to "
+            "tasks and train again"
+        )
+
+
 class EncoderConfig(Model):
     """The TextEncoder: a transformer from Hugging Face."""
 
@@ -82,8 +92,10 @@ class RunConfig(Model):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         retrieval = [n for n, t in self.tasks.items() if t.kind == "retrieval"]
-        if len(retrieval) != 1:
-            raise ValueError(f"tasks: exactly one task of kind retrieval is needed (it selects the candidates), found {retrieval}")
+        if not self.tasks:
+            raise ValueError("tasks: at least one is needed, such as retrieval: {kind: retrieval}")
+        if len(retrieval) > 1:
+            raise ValueError(f"tasks: at most one task of kind retrieval (it chooses the candidates), found {retrieval}")
         similarity = [n for n, t in self.tasks.items() if t.kind == "similarity"]
         if len(similarity) > 1:
             raise ValueError(f"tasks: at most one task of kind similarity, found {similarity}")
@@ -96,15 +108,24 @@ class RunConfig(Model):
             raise ValueError("encoder: data.text is missing, so there is no text to encode")
         monitored, _, metric = self.train.monitor.partition("/")
         if monitored not in self.tasks or not metric:
-            raise ValueError(f"train.monitor: {self.train.monitor!r} is not task/metric with a task of {sorted(self.tasks)}")
+            raise ValueError(
+                f"train.monitor: {self.train.monitor!r} is not task/metric with a task of {sorted(self.tasks)}; "
+                "name what chooses the best checkpoint, such as rating/rmse"
+            )
         return self
 
     @property
-    def retrieval_task(self) -> str:
-        return next(n for n, t in self.tasks.items() if t.kind == "retrieval")
+    def retrieval_task(self) -> str | None:
+        """None: a run that is trained and judged on other tasks alone, and serves no lists."""
+        return next((n for n, t in self.tasks.items() if t.kind == "retrieval"), None)
+
+    def require_retrieval(self, what: str) -> None:
+        """Raises NoRetrievalError where there is no retrieval task. what: what needs one."""
+        if self.retrieval_task is None:
+            raise NoRetrievalError(what)
 
     @property
     def positive_expression(self) -> str:
-        task = self.tasks[self.retrieval_task]
-        assert isinstance(task, RetrievalTask)
-        return task.positive or self.data.history_expression
+        """Which targets are positives; without a retrieval task the events that are history."""
+        task = next((t for t in self.tasks.values() if isinstance(t, RetrievalTask)), None)
+        return (task and task.positive) or self.data.history_expression

@@ -101,8 +101,10 @@ def difference(a_R: FloatArray, b_R: FloatArray) -> dict[str, float | None]:
     return {"difference": float(d[0]), "low": found and found[0], "high": found and found[1]}
 
 
-def compare_with_baselines(summaries: dict[str, Summary], retrieval: str, resamples: int) -> dict[str, Any]:
-    """NDCG@10 of the model minus that of the best ranking baseline."""
+def compare_with_baselines(summaries: dict[str, Summary], retrieval: str | None, resamples: int) -> dict[str, Any]:
+    """NDCG@10 of the model minus that of the best ranking baseline; nothing without a retrieval task."""
+    if retrieval is None:
+        return {}
     rankers = {n: s[retrieval]["ndcg@10"] for n, s in summaries.items() if n != MODEL and "ndcg@10" in s.get(retrieval, {})}
     mine = summaries[MODEL].get(retrieval, {})
     if not rankers or "ndcg@10" not in mine or not resamples:

@@ -127,7 +127,9 @@ class Model(System):
             self._known = (moments, self.predictor.encode_state(moments.encoded.batch))
         return self._known[1]
 
-    def scores(self, moments: Moments) -> Tensor:
+    def scores(self, moments: Moments) -> Tensor | None:
+        if self.predictor.retrieval_name is None:
+            return None
         return self.predictor.retrieval_scores(self.states(moments), moments.encoded.batch.length_B)[0]
 
     def final_rank(self, moments: Moments, row_P: Tensor, item_P: Tensor, rank_P: IntArray) -> IntArray | None:

@@ -69,8 +69,8 @@ class _Page:
         similar, mean = self.similar()
         column = next(iter(self.predictor.config.data.text.columns[-1:]), "") if self.predictor.config.data.text else ""
         pictures = {
-            "ranking": f.dots(self.ranking_dots(), "NDCG@10"),
-            "slices": f.dots(self.slice_dots(), "NDCG@10"),
+            "ranking": f.dots(self.ranking_dots(), "NDCG@10") if self.retrieval is not None else "",
+            "slices": f.dots(self.slice_dots(), "NDCG@10") if self.retrieval is not None else "",
             "calibration": self.calibration(),
             "confusion": self.confusion(),
             "activity": self.activity(),
@@ -78,7 +78,8 @@ class _Page:
             "training": self.training(),
         }
         tables = {
-            "ranking": self.ranking_table(), "tasks": self.task_table(), "data": self.data_table(), "drift": self.drift_table(),
+            "ranking": "" if self.retrieval is None else self.ranking_table(), "tasks": self.task_table(),
+            "data": self.data_table(), "drift": self.drift_table(),
             "dropped": self.dropped_table(), "slices": self.slice_table(),
         }  # fmt: skip
         return {
@@ -99,12 +100,12 @@ class _Page:
 
     # -- what was measured
 
-    def value(self, task: str, metric: str, system: str = "model") -> float | None:
+    def value(self, task: str | None, metric: str, system: str = "model") -> float | None:
         found = self.metrics["model"] if system == "model" else self.metrics["baselines"].get(system, {})
         value = found.get(task, {}).get(metric)
         return None if value is None else float(value)
 
-    def ends(self, task: str, metric: str, system: str = "model") -> tuple[float, float] | None:
+    def ends(self, task: str | None, metric: str, system: str = "model") -> tuple[float, float] | None:
         found = self.metrics["intervals"] if system == "model" else self.metrics["baseline_intervals"].get(system, {})
         ends = found.get(task, {}).get(metric)
         return None if ends is None else (float(ends[0]), float(ends[1]))

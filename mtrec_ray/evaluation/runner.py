@@ -130,10 +130,12 @@ def _fit(config: RunConfig, data: storage.Directory, predictor: Predictor) -> tu
     def progress(text: str) -> None:
         log.info("evaluate: %s", text)
 
-    wanted = tuple(n for n in config.evaluation.baselines if n in RANKERS)
+    rankers = tuple(n for n in config.evaluation.baselines if n in RANKERS)
+    wanted = rankers if config.retrieval_task is not None else ()
     if not len(valid):
         raise EvaluationError(f"protocol {config.data.protocol} leaves no valid targets; baselines cannot be tuned")
     baselines, skipped = fit_rankers(wanted, predictor, catalogue, train, valid, progress)
+    skipped |= {n: "there is no task of kind retrieval" for n in rankers if n not in wanted}
     if "tasks" in config.evaluation.baselines:
         baselines |= fit_task_baselines(predictor, train, valid, progress)
     for name, why in skipped.items():
@@ -164,7 +166,8 @@ def report_numbers(
     for task, why in missing.items():
         log.warning("evaluate: task %s is not measured: %s", task, why)
     plain = {n: {s: {t: v for t, v in points_of(x).items() if v} for s, x in parts.items()} for n, parts in slices.items()}
-    empty: dict[str, Any] = {"cold_user": {"moments": 0}, "cold_item": {"moments": 0}}
+    retrieval = config.retrieval_task
+    empty: dict[str, Any] = {n: {} if retrieval is None else {"moments": 0} for n in ("cold_user", "cold_item")}
     metrics = {
         "protocol": config.data.protocol,
         "same_time": config.data.same_time,
@@ -179,13 +182,8 @@ def report_numbers(
         "baseline_intervals": {n: intervals_of(overall[n]) for n in baselines},
         "tuning": {n: {"chosen": f.chosen, "tries": f.tries} for n, f in baselines.items()},
         "skipped": skipped,
-        "comparison": compare_with_baselines(overall, config.retrieval_task, config.evaluation.bootstrap),
-        "slices": empty
-        | {
-            s: {"moments": _moments(reduced[MODEL][s].sums, config.retrieval_task), **plain[MODEL][s]}
-            for s in slices[MODEL]
-            if s != WHOLE
-        },
+        "comparison": compare_with_baselines(overall, retrieval, config.evaluation.bootstrap),
+        "slices": empty | {s: _moments(reduced[MODEL][s].sums, retrieval) | plain[MODEL][s] for s in slices[MODEL] if s != WHOLE},
     }
     resamples = {
         f"{s}|{t}|{n}": v.astype(np.float32) for s, x in slices[MODEL].items() for t, found in x.items() for n, v in found.items()
@@ -198,13 +196,14 @@ def report_numbers(
                 curves[f"{name}|{task}|{kind}"] = value[0]
             elif kind in ("confusion", "exposure"):
                 curves[f"{name}|{task}|{kind}"] = value
-    log.info("evaluate: model %s", metrics["model"].get(config.retrieval_task))
+    log.info("evaluate: model %s", metrics["model"] if retrieval is None else metrics["model"][retrieval])
     return Evaluation(metrics, plain, _npz(resamples), _npz(curves))
 
 
-def _moments(sums: dict[str, Any], retrieval: str) -> int:
+def _moments(sums: dict[str, Any], retrieval: str | None) -> dict[str, Any]:
+    """How many moments were ranked, where any are."""
     found = sums.get(f"{retrieval}/moments")
-    return 0 if found is None else int(found[0])
+    return {} if retrieval is None else {"moments": 0 if found is None else int(found[0])}
 
 
 def _npz(arrays: dict[str, Any]) -> bytes:

@@ -183,7 +183,8 @@ def fit_task_baselines(
     if attributes:
         progress("fitting item_bag")
         out |= _fit_profiles(predictor, attributes, train, valid)
-    out["item_vectors"] = Fitted(ItemVectors(predictor.item_vec_ND), {})
+    if predictor.retrieval_name is not None or predictor.model.similarity is not None:
+        out["item_vectors"] = Fitted(ItemVectors(predictor.item_vec_ND), {})
     return out
 
 

@@ -39,6 +39,11 @@ class Recommender(nn.Module):
         pointwise = [n for n, t in tasks.items() if t.pointwise]
         self.sharing = build_sharing(config.model, pointwise, context_width * len(schema.request_features))
         self.tasks = nn.ModuleDict(tasks)
+        self.reads_state = any(t.reads_state for t in tasks.values())
+        # what no task reads is not trained: DDP would wait for its gradients
+        idle = [] if pointwise else [self.sharing, self.request_context]
+        for module in [*idle, *([] if self.reads_state else [self.tokens, self.trunk])]:
+            module.requires_grad_(False)
 
     # -- tasks by kind
 
@@ -72,7 +77,10 @@ class Recommender(nn.Module):
         """Sum of losses per task over this rank's batch -> loss_sum_T."""
         targets = batch.targets
         item_vec_ND = self.item_tower(self.text_NE, self.schema.n_train_items, batch.step)
-        state_BLD = self.states(item_vec_ND, batch.history)
+        if self.reads_state:
+            state_BLD = self.states(item_vec_ND, batch.history)
+        else:
+            state_BLD = item_vec_ND.new_zeros(len(batch.history), batch.history.item_BS.shape[1] + 1, item_vec_ND.shape[1])
         shared: dict[str, Tensor] = {}
         if self.pointwise:
             state_MD = state_BLD[targets.window_M, targets.pos_M]

@@ -23,7 +23,8 @@ def score_table(predictor: Predictor, store: pa.Table, k: int, batch_users: int)
     """Rows of the history store -> (user_id, item_id, rank, score, one column per task; users in the store's
     order, ranks from 1; and the number of users answered by the popularity list)."""
     pieces, fallbacks = [], 0
-    names = [predictor.retrieval_name, *predictor.model.pointwise]
+    predictor.config.require_retrieval("batch scoring")
+    names = [str(predictor.retrieval_name), *predictor.model.pointwise]
     ids = pa.array(predictor.item_ids, pa.string())
     for start in range(0, len(store), batch_users):
         block = store.slice(start, batch_users)

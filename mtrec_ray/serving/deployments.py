@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from mtrec_ray import bundle, storage
+from mtrec_ray.config import RunConfig
 from mtrec_ray.predictor import Candidates, History, IntArray, UnknownItemError
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.serving import api
@@ -239,7 +240,10 @@ def build_graph(bundle_uri: str, data_uri: str, options: Mapping[str, Mapping[st
     """The four deployments, bound to one bundle and one store.
 
     options: deployment name -> Serve options (`autoscaling_config`, `ray_actor_options`, ...).
+    Raises NoRetrievalError, StorageError.
     """
+    config = storage.join(storage.Directory(bundle_uri).prefix, "config.json")
+    RunConfig.model_validate_json(storage.read_bytes(config)).require_retrieval("serving")
     root, data, chosen = storage.absolute(bundle_uri), storage.absolute(data_uri), options or {}
 
     def bind(deployment: Any, *args: Any) -> Any:

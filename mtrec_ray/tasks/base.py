@@ -34,6 +34,8 @@ class Task(nn.Module):
     """
 
     name: str
+    reads_state = True
+    """Whether it reads user states; a model of tasks that do not has an idle trunk."""
     pointwise = False
     """Whether the task reads the sharing layers and gives a number per (user, item)."""
 

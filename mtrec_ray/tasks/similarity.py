@@ -26,6 +26,8 @@ class Similarity(Task):
     same on every rank.
     """
 
+    reads_state = False
+
     def __init__(self, name: str, width: int, temperature: float) -> None:
         super().__init__()
         self.name, self.temperature = name, temperature

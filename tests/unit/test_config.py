@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mtrec_ray.config import ConfigError, RunConfig, load_config, parse_config
+from mtrec_ray.config import ConfigError, NoRetrievalError, RunConfig, load_config, parse_config
 from mtrec_ray.expressions import Expression
 from mtrec_ray.features import CategoricalSpec
 from mtrec_ray.schema import ActionSpec, LabelStats, LogSchema, bin_names, fit_action
@@ -405,15 +405,26 @@ def test_a_profile_task_on_an_unknown_attribute_is_refused() -> None:
     assert "tasks.taste.attribute: 'taste' is not among data.attributes ['age_group', 'sex']" in message
 
 
-def test_no_retrieval_task_is_refused() -> None:
+def test_without_a_retrieval_task_the_monitor_names_another_and_nothing_can_be_served() -> None:
     raw = minimal()
     raw["tasks"] = {"rating": {"kind": "regression", "label": "rating"}}
-    assert "tasks: exactly one task of kind retrieval is needed" in refusal(raw)
+    message = refusal(raw)
+    assert "train.monitor: 'next/ndcg@10' is not task/metric with a task of ['rating']" in message and "rating/rmse" in message
+    config = parse_config(put(raw, "train.monitor", "rating/rmse"))
+    assert config.retrieval_task is None and config.positive_expression == config.data.history_expression
+    with pytest.raises(NoRetrievalError, match=r"tasks: serving needs .* add retrieval: {kind: retrieval}"):
+        config.require_retrieval("serving")
+
+
+def test_no_task_at_all_is_refused() -> None:
+    raw = minimal()
+    raw["tasks"] = {}
+    assert "tasks: at least one is needed" in refusal(raw)
 
 
 def test_two_retrieval_tasks_are_refused_by_name() -> None:
     message = refusal(put(minimal(), "tasks.again", {"kind": "retrieval"}))
-    assert "tasks: exactly one task of kind retrieval" in message and "['next', 'again']" in message
+    assert "tasks: at most one task of kind retrieval" in message and "['next', 'again']" in message
 
 
 def test_two_similarity_tasks_are_refused() -> None:
