@@ -230,12 +230,11 @@ class Predictor:
 
         Features that are fixed at inference have their fixed value here, whatever context_B says.
         """
-        B, K = item_BK.shape
+        if not self.model.pointwise:
+            return {}
         item_vec = self.item_vec_ND[item_BK.clamp(min=0)]
-        state = state_BD[:, None, :].expand(B, K, -1)
-        context_B = context_B | {n: v.expand(B, *v.shape[1:]) for n, v in self.fixed.items()}
-        shared = self.model.share(state, item_vec, context_B)
-        return {name: task.predict(shared[name]) for name, task in self.model.pointwise.items()}
+        context_B = context_B | {n: v.expand(len(item_BK), *v.shape[1:]) for n, v in self.fixed.items()}
+        return self.model.predict(self.model.share(state_BD[:, None, :], item_vec, context_B))
 
     def finalise(self, candidates: Candidates, predictions: dict[str, Tensor], k: int) -> Ranked:
         """The final order: Σ w·g over the candidates, ties by catalogue position; cut to k.

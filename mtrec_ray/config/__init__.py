@@ -9,9 +9,10 @@ from mtrec_ray.config.load import ConfigError, load_config, parse_config
 from mtrec_ray.config.model import ModelConfig
 from mtrec_ray.config.run import EncoderConfig, EvaluationConfig, NoRetrievalError, RankingConfig, RunConfig, ScoringConfig
 from mtrec_ray.config.tasks import BaseTask, BinaryTask, ProfileTask, RegressionTask, RetrievalTask, SimilarityTask, TaskConfig
-from mtrec_ray.config.train import BalancingConfig, TrainConfig
+from mtrec_ray.config.train import GAIN, BalancingConfig, TrainConfig
 
 __all__ = [
+    "GAIN",
     "AttributeConfig",
     "BalancingConfig",
     "BaseTask",

@@ -25,10 +25,16 @@ class ModelConfig(Model):
     id_buckets: Int | None = Field(default=None, ge=2)
     """Rows of the table of id residuals, shared by hash of the item's id, for catalogues of many millions. Default: a row
     for every training item."""
-    sharing: Literal["shared_bottom"] = "shared_bottom"
-    """What the pointwise tasks share; see mtrec_ray/models/sharing."""
+    sharing: Literal["shared_bottom", "mmoe", "cgc", "ple", "pepnet"] = "shared_bottom"
+    """What the pointwise tasks share; see docs/sharing.md."""
     sharing_width: Int = Field(default=64, ge=1)
-    """Width of the sharing layers."""
+    """H: width of the sharing layers, of every expert and of what each head reads."""
+    experts: Int = Field(default=4, ge=1)
+    """`mmoe`: experts. `cgc`, `ple`: experts that all tasks share, in each level."""
+    task_experts: Int = Field(default=1, ge=1)
+    """`cgc`, `ple`: private experts of each task, in each level."""
+    sharing_layers: Int = Field(default=2, ge=1)
+    """`ple`: levels; one level is `cgc`."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mtrec_ray.config import RunConfig
 from mtrec_ray.models.batch import Batch, HistoryBatch
+from mtrec_ray.models.chains import Chains
 from mtrec_ray.models.features import FeatureEmbedding
 from mtrec_ray.models.item_tower import ItemTower
 from mtrec_ray.models.sharing import build_sharing
@@ -34,10 +35,12 @@ class Recommender(nn.Module):
         self.tokens = EventTokens(config.model, schema)
         self.trunk = build_trunk(config.model, schema.window)
         context_width = 8
-        self.request_context = nn.ModuleDict({c.name: FeatureEmbedding(c, context_width, 1.0) for c in schema.request_features})
         tasks = {n: build_task(n, t, schema, config.model) for n, t in config.tasks.items()}
         pointwise = [n for n, t in tasks.items() if t.pointwise]
-        self.sharing = build_sharing(config.model, pointwise, context_width * len(schema.request_features))
+        features = schema.request_features if pointwise else []  # under DDP every parameter must be used
+        self.request_context = nn.ModuleDict({c.name: FeatureEmbedding(c, context_width, 1.0) for c in features})
+        self.sharing = build_sharing(config.model, pointwise, context_width * len(features))
+        self.chains = Chains(config.tasks, config.model.sharing_width)
         self.tasks = nn.ModuleDict(tasks)
         self.reads_state = any(t.reads_state for t in tasks.values())
         # what no task reads is not trained: DDP would wait for its gradients
@@ -73,8 +76,11 @@ class Recommender(nn.Module):
         """count_T of this rank's batch."""
         return torch.stack([t.count(batch).float() for t in self.task_list])
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of losses per task over this rank's batch -> loss_sum_T."""
+    def forward(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """-> (sum of losses over this rank's batch of each task, state_BLD).
+
+        The losses stay apart, so that one of them can be back-propagated without the others.
+        """
         targets = batch.targets
         item_vec_ND = self.item_tower(self.text_NE, self.schema.n_train_items, batch.step)
         if self.reads_state:
@@ -86,21 +92,27 @@ class Recommender(nn.Module):
             state_MD = state_BLD[targets.window_M, targets.pos_M]
             shared = self.share(state_MD, item_vec_ND[targets.item_M], targets.context_M)
         forward = Forward(state_BLD, item_vec_ND, shared)
-        return torch.stack([t.loss_sum(forward, batch) for t in self.task_list])
+        return [t.loss_sum(forward, batch) for t in self.task_list], state_BLD
 
     # -- inference
 
     def share(self, state: Tensor, item_vec: Tensor, context: dict[str, Tensor]) -> dict[str, Tensor]:
-        """(state, item vector, request context) of targets, or of B requests with K items each -> task: (..., H).
+        """(state, item vector, request context) of targets, or of B requests with K items each -> what each head reads.
 
-        state and item_vec: (M, D) or (B, K, D); context: encoded features of M targets or B requests.
+        M targets: state and item_vec (M, D), context encoded features of M -> task: (M, H).
+        B requests: state (B, 1, D), item_vec (B, K, D), context encoded features of B -> task: (B, K, H).
+        A task that depends on another gets H + 1 numbers (models/chains.py).
         """
         context_C = state.new_zeros(*state.shape[:-1], 0)
         if self.request_context:
-            context_C = torch.cat([embed(context[name]) for name, embed in self.request_context.items()], dim=-1)
-            if context_C.dim() < state.dim():
-                context_C = context_C[:, None, :].expand(*state.shape[:-1], -1)
-        return self.sharing(state, item_vec, context_C)  # type: ignore[no-any-return]
+            embedded = [embed(context[name]) for name, embed in self.request_context.items()]
+            context_C = torch.cat(embedded, dim=-1)
+            context_C = context_C if state.dim() == 2 else context_C[:, None, :]
+        return self.chains(self.sharing(state, item_vec, context_C), self.pointwise)  # type: ignore[no-any-return]
+
+    def predict(self, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `share` gave -> predictions of every pointwise task in its label's units (...)."""
+        return {name: task.predict(shared[name]) for name, task in self.pointwise.items()}
 
     def item_vectors(self) -> Tensor:
         """Vectors of the whole catalogue at inference -> item_vec_ND."""
@@ -108,7 +120,7 @@ class Recommender(nn.Module):
 
     def states(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         """Histories -> state_BLD."""
-        return self.trunk(self.tokens(item_vec_ND, history), history.time_BS)  # type: ignore[no-any-return]
+        return self.trunk(self.tokens(item_vec_ND, history), history.time_BS).float()  # type: ignore[no-any-return]
 
     def encode(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         """Histories -> the state after each one's last event, state_BD."""

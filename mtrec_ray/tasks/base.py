@@ -23,7 +23,8 @@ class Forward:
     item_vec_ND: Tensor
     """Vectors of the training catalogue."""
     shared: dict[str, Tensor]
-    """Output of the sharing layers per pointwise task, (M, H)."""
+    """What the head of each pointwise task reads: output of the sharing layers, (M, H), and for a task with `depends_on` one
+    number more (models/chains.py)."""
 
 
 class Task(nn.Module):
@@ -57,7 +58,7 @@ class PointwiseTask(Task):
     pointwise = True
 
     def predict(self, shared: Tensor) -> Tensor:
-        """Output of the sharing layers (..., H) -> prediction in the label's units (...)."""
+        """What the head reads (..., H) -> prediction in the label's units (...)."""
         raise NotImplementedError
 
     def final(self, prediction: Tensor) -> Tensor:

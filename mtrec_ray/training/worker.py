@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mtrec_ray import storage
+from mtrec_ray.balancing import build_balancer
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.encoders.cache import load_text_vectors
@@ -45,6 +47,13 @@ def mapped_windows(data_prefix: str, split: str) -> WindowCache:
     """The windows of a split, memory-mapped on this machine."""
     folder = WindowCache.build(storage.join(data_prefix, "windows", split), window_cache(data_prefix, split))
     return WindowCache.open(folder)
+
+
+def check_machine(config: RunConfig) -> None:
+    """Raises RuntimeError for what the configuration needs and this machine lacks, before anything starts."""
+    build_balancer(config.balancing, [t.weight for t in config.tasks.values()])
+    if config.train.compile and not config.train.use_gpu and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise RuntimeError("train.compile: there is no C++ compiler here (g++, clang++); install one, or set it to false")
 
 
 def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | None) -> Recommender:
@@ -140,6 +149,8 @@ def run_worker(
     model = build_model(config, schema, text_NE)
     model.item_tower.residual.name_items(hash_ids(catalogue["item_id"].slice(0, schema.n_train_items)))
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # tensor cores for what stays float32
     return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, checkpoints, device)
 
 
@@ -153,10 +164,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
-
     config = load_config(args.config, args.overrides)
+    check_machine(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if config.train.use_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if config.train.use_gpu else "gloo")
+
     data, text = storage.Directory(args.data), None if args.text is None else storage.Directory(args.text)
     checkpoints = Checkpoints(args.out, run_identity(config, data, text))
     run_worker(config, data.prefix, None if text is None else text.prefix, lambda *_: None, checkpoints)
