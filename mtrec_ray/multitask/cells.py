@@ -18,32 +18,24 @@ import numpy as np
 import torch
 
 from mtrec_ray import storage
-from mtrec_ray.config import BalancingConfig, RunConfig, parse_config
-from mtrec_ray.data.partition import hash_ids
+from mtrec_ray.config import GAIN, RunConfig, parse_config
 from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.evaluation.evaluate import MODEL, USERS_AT_ONCE, user_blocks
 from mtrec_ray.evaluation.measure import Model, measure
 from mtrec_ray.evaluation.reduce import WHOLE, Reducer, Summary, points_of, summarise, whole
 from mtrec_ray.evaluation.statistics import Resampler, Statistics
-from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.multitask.objective import mean_gain
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.training.feed import WindowCache
-from mtrec_ray.training.loop import Fitted, Metrics, Report, fit
-from mtrec_ray.training.worker import (
-    build_feed,
-    build_model,
-    load_schema,
-    mapped_windows,
-    training_fingerprint,
-    valid_evaluator,
-)
+from mtrec_ray.training.loop import Fitted
+from mtrec_ray.training.worker import build_model, load_schema, mapped_windows, run_worker, training_fingerprint
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 """Goes up when the meaning of a cell changes, so that older ones are not taken up."""
-MEAN_GAIN = "mean_gain"
+CHAIN = ("depends_on", "chain", "calibration")
+"""Keys of a task that hang on another one."""
 PLAIN = "static"
 """The balancer of the plain weighted sum."""
 
@@ -105,21 +97,25 @@ class Bench:
         raw = self.config.model_dump(mode="json")
         raw["tasks"] = {n: t for n, t in raw["tasks"].items() if n in cell.tasks}
         for task in raw["tasks"].values():
-            if "depends_on" in task:  # a chain that is cut: the rest learns its label by itself
-                task["depends_on"] = _still_there(task["depends_on"], cell.tasks)
+            if task.get("depends_on") is not None and task["depends_on"] not in cell.tasks:
+                for key in CHAIN:  # a chain that is cut: the rest learns its label by itself
+                    task.pop(key, None)
         if cell.alone:
             raw["tasks"][cell.tasks[0]]["weight"] = 1.0
         raw["seed"], raw["model"]["sharing"], raw["balancing"]["kind"] = cell.seed, cell.sharing, cell.balancing
-        if "record" in BalancingConfig.model_fields:
-            raw["balancing"]["record"] = cell.record
-        monitor = self.config.train.monitor
-        if cell.alone:
-            monitor = f"{cell.tasks[0]}/{self.metrics[cell.tasks[0]]}"
-        elif self.select == MEAN_GAIN or monitor.partition("/")[0] not in cell.tasks:
-            monitor = f"{cell.tasks[0]}/{MEAN_GAIN}"
-        raw["train"] |= {"epochs": self.epochs, "patience": self.epochs + raw["train"]["evaluate_every"], "monitor": monitor,
-                         "workers": 0, "feed": "cached", "checkpoint_every": None}  # fmt: skip
+        raw["balancing"]["record"] = cell.record
+        reference = {f"{t}/{self.metrics[t]}": v for t, v in cell.reference.items() if t in cell.tasks and v != 0}
+        raw["train"] |= {"epochs": self.epochs, "patience": self.epochs + raw["train"]["evaluate_every"], "reference": reference,
+                         "monitor": self._monitor(cell, bool(reference)), "workers": 0, "feed": "cached",
+                         "checkpoint_every": None}  # fmt: skip
         return parse_config(raw, f"cell {cell.name}")
+
+    def _monitor(self, cell: Cell, reference: bool) -> str:
+        """What chooses a cell's checkpoint."""
+        declared = self.config.train.monitor
+        if self.select == "monitor" and not cell.alone and declared.partition("/")[0] in cell.tasks:
+            return declared
+        return GAIN if reference else f"{cell.tasks[0]}/{self.metrics[cell.tasks[0]]}"
 
     def fingerprint(self, cell: Cell) -> str:
         """Of everything that the cell's numbers depend on."""
@@ -146,14 +142,12 @@ class Bench:
         return found if found.get("fingerprint") == self.fingerprint(cell) and "resamples" in found else None
 
 
-def _still_there(names: Any, tasks: Sequence[str]) -> Any:
-    if isinstance(names, list):
-        return [n for n in names if n in tasks]
-    return names if names in tasks else None
-
-
 def _directory(root: str | None) -> storage.Directory | None:
     return None if root is None else storage.Directory(root)
+
+
+def _prefix(root: str | None) -> str | None:
+    return None if root is None else storage.Directory(root).prefix
 
 
 def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
@@ -165,7 +159,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         return found
     except Exception as error:  # whatever it is, the other cells go on
         log.debug("cell %s", cell.name, exc_info=True)
-        return {"cell": _facts(cell), "error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - started}
+        return {"cell": facts(cell), "error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - started}
 
 
 def run_cells(bench: Bench, cells: Sequence[Cell]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -174,35 +168,29 @@ def run_cells(bench: Bench, cells: Sequence[Cell]) -> Iterator[tuple[int, dict[s
         yield place, run_cell(bench, cell)
 
 
-def _facts(cell: Cell) -> dict[str, Any]:
+def facts(cell: Cell) -> dict[str, Any]:
     return asdict(cell) | {"name": cell.name, "tasks": list(cell.tasks), "reference": dict(cell.reference)}
 
 
 def _run(bench: Bench, cell: Cell) -> dict[str, Any]:
-    config = bench.cell_config(cell)
+    config, reported = bench.cell_config(cell), []
+    prefix = storage.Directory(bench.data).prefix
     metrics = {t: bench.metrics[t] for t in cell.tasks}
-    history: list[dict[str, Any]] = []
-    reported: list[dict[str, float]] = []
-
-    def judged(valid: Metrics) -> Metrics:
-        """Valid metrics with the mean gain among those of the first task, where the loop's monitor finds it."""
-        values = {t: valid[t][name] for t, name in metrics.items() if name in valid.get(t, {})}
-        gain = mean_gain(values, cell.reference, metrics)
-        history.append({"epoch": len(reported), "values": values, MEAN_GAIN: gain})
-        first = cell.tasks[0]
-        return valid | {first: valid.get(first, {}) | {MEAN_GAIN: 0.0 if gain is None else gain}}
-
-    fitted, predictor = _fit(bench, config, judged, lambda _, scalars: reported.append(dict(scalars)))
-    test = judge(predictor, mapped_windows(storage.Directory(bench.data).prefix, "test"), config.evaluation.profile_folds_test)
-    best = next(h for h in history if h["epoch"] == fitted.best_epoch)
+    fitted = run_worker(config, prefix, _prefix(bench.text), lambda _, scalars: reported.append(dict(scalars)))
+    history = []
+    for epoch, scalars in enumerate(reported):
+        values = {t: scalars[f"valid/{t}/{n}"] for t, n in metrics.items() if f"valid/{t}/{n}" in scalars}
+        history.append({"epoch": epoch, "values": values, "mean_gain": mean_gain(values, cell.reference, metrics)})
+    test = judge(_predictor(bench, config, fitted), mapped_windows(prefix, "test"), config.evaluation.profile_folds_test)
+    best = history[fitted.best_epoch]
     return {
         "fingerprint": bench.fingerprint(cell),
-        "cell": _facts(cell),
+        "cell": facts(cell),
         "epochs": len(reported),
         "steps": int(sum(r["train/steps"] for r in reported)),
         "best_epoch": fitted.best_epoch,
         "valid": best["values"],
-        "valid_mean_gain": best[MEAN_GAIN],
+        "valid_mean_gain": best["mean_gain"],
         "history": history,
         "losses": [{n.split("/")[1]: v for n, v in r.items() if n.startswith("train/") and n.endswith("/loss")} for r in reported],
         "gradients": [{n.removeprefix("gradient/"): v for n, v in r.items() if n.startswith("gradient/")} for r in reported],
@@ -211,29 +199,15 @@ def _run(bench: Bench, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _fit(bench: Bench, config: RunConfig, judged: Any, report: Report) -> tuple[Fitted, Predictor]:
-    """Train in this process -> (how it went, a predictor with the best weights)."""
-    torch.set_num_threads(config.train.threads)
-    prefix, text = storage.Directory(bench.data).prefix, _directory(bench.text)
-    schema = load_schema(prefix)
-    catalogue = storage.read_table(storage.join(prefix, "catalogue.parquet"))
-    text_NE = None if text is None else load_text_vectors(text.prefix, catalogue)
-    model = build_model(config, schema, text_NE)
-    model.item_tower.residual.name_items(hash_ids(catalogue["item_id"].slice(0, schema.n_train_items)))
-    valid = valid_evaluator(config, schema, catalogue, mapped_windows(prefix, "valid"))
-    feed = build_feed(config, schema, mapped_windows(prefix, "train"), 0, 1)
-    device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
-
-    def evaluate(kept: Recommender) -> Metrics:
-        found: Metrics = judged(valid(kept))
-        return found
-
-    fitted = fit(config, model, feed, evaluate, report, None, device)
-    model = model.cpu()
+def _predictor(bench: Bench, config: RunConfig, fitted: Fitted) -> Predictor:
+    """A predictor with the best weights."""
+    prefix, text = storage.Directory(bench.data).prefix, _prefix(bench.text)
+    schema, catalogue = load_schema(prefix), storage.read_table(storage.join(prefix, "catalogue.parquet"))
+    model = build_model(config, schema, None if text is None else load_text_vectors(text, catalogue))
     model.load_state_dict(fitted.best_state)
     with torch.no_grad():
         item_vec_ND = model.eval().item_vectors()
-    return fitted, Predictor(config, schema, catalogue, model, item_vec_ND, fingerprint="cell")
+    return Predictor(config, schema, catalogue, model, item_vec_ND, fingerprint="cell")
 
 
 def judge(predictor: Predictor, cache: WindowCache, folds: tuple[int, ...]) -> Summary:
@@ -250,12 +224,7 @@ def judge(predictor: Predictor, cache: WindowCache, folds: tuple[int, ...]) -> S
 def epoch_seconds(bench: Bench, cell: Cell) -> float:
     """Seconds of an epoch with its evaluation on valid, from one epoch of the cell."""
     config = replace(bench, epochs=1).cell_config(replace(cell, reference={}))
-    started = time.perf_counter()
     ended: list[float] = []
-    _fit(
-        bench,
-        config,
-        lambda valid: {t: v | {MEAN_GAIN: 0.0} for t, v in valid.items()},
-        lambda *_: ended.append(time.perf_counter()),
-    )
+    started = time.perf_counter()
+    run_worker(config, storage.Directory(bench.data).prefix, _prefix(bench.text), lambda *_: ended.append(time.perf_counter()))
     return ended[0] - started

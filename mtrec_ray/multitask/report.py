@@ -75,7 +75,7 @@ def _leave_one_out(study: dict[str, Any], tasks: list[str]) -> str:
             if g["gain"] is not None:
                 value[tasks.index(left), tasks.index(task)] = g["gain"]
                 sure[tasks.index(left), tasks.index(task)] = g["low"] is not None and not g["low"] <= 0 <= g["high"]
-    return f.matrix(tasks, tasks, value, ("gains", "what adding ..."), marked=sure)
+    return f.matrix(tasks, tasks, value, ("changes", "adding"), marked=sure)
 
 
 def _affinity(study: dict[str, Any], tasks: list[str]) -> str:

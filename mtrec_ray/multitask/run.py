@@ -9,6 +9,7 @@ from typing import Any, get_args
 from mtrec_ray import storage
 from mtrec_ray.config import BalancingConfig, ModelConfig, RunConfig
 from mtrec_ray.multitask.cells import Bench, Select, epoch_seconds, run_cells
+from mtrec_ray.multitask.findings import execute
 from mtrec_ray.multitask.objective import check_choices, choose_metrics
 from mtrec_ray.multitask.results import seesaw
 from mtrec_ray.multitask.study import Plan, Runner, Study, StudyError, fitting_epochs
@@ -73,7 +74,7 @@ def study_tasks(
         if settings.epochs is None:
             bench = replace(bench, epochs=_budget(bench, settings, out))
         study = Study(bench, settings.plan, runner, settings.parallel)
-        found = study.execute()
+        found = execute(study)
         broken, unknown = ([], []) if settings.seesaw is None else seesaw(found["joint"], settings.seesaw)
         absent = [] if settings.seesaw is None else [t for t in bench.tasks if t not in found["joint"]["tasks"]]
         unknown += [f"{t}: it has no joint or no single-task result" for t in absent]

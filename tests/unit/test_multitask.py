@@ -17,7 +17,9 @@ from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.multitask import cells as cells_module
 from mtrec_ray.multitask import run as run_module
+from mtrec_ray.multitask import study as study_module
 from mtrec_ray.multitask.cells import Bench, Cell, run_cell, run_cells
+from mtrec_ray.multitask.findings import execute
 from mtrec_ray.multitask.objective import MetricError, choose_metrics, gains, mean_gain, relative_gain
 from mtrec_ray.multitask.results import gradients, seesaw, summarise_gains
 from mtrec_ray.multitask.run import Settings, axis, study_tasks
@@ -59,7 +61,7 @@ def made_up(bench: Bench, cell: Cell) -> dict[str, Any]:
     record = [{"retrieval/norm": 1.0, "click/norm": 0.1 * e, "click|retrieval/cosine": 0.2 * e} for e in (1, 2)]
     noise = np.random.default_rng(3).normal(0, 0.01, 50)  # of users: the same for all
     found = {
-        "fingerprint": bench.fingerprint(cell), "cell": cells_module._facts(cell), "epochs": bench.epochs, "steps": 10,
+        "fingerprint": bench.fingerprint(cell), "cell": cells_module.facts(cell), "epochs": bench.epochs, "steps": 10,
         "best_epoch": 1, "seconds": 1.0, "valid": values, "history": [],
         "valid_mean_gain": mean_gain(values, cell.reference, bench.metrics),
         "test": {t: {bench.metrics[t]: v} for t, v in values.items()},
@@ -83,7 +85,7 @@ class Counting:
                 raise KeyboardInterrupt
             self.trained.append(cell)
             if self.fails(cell):
-                yield place, {"cell": cells_module._facts(cell), "error": "TrainingStopped: the loss is not finite", "seconds": 1.0}
+                yield place, {"cell": cells_module.facts(cell), "error": "TrainingStopped: the loss is not finite", "seconds": 1.0}
             else:
                 yield place, made_up(bench, cell)
 
@@ -148,22 +150,36 @@ def test_every_cell_has_the_same_budget_and_a_task_alone_stands_for_itself(bench
     alone, joint = bench.single("rating", 5), replace(bench.plain, balancing="uncertainty", reference={"rating": 1.0})
     a, b = bench.cell_config(alone), bench.cell_config(joint)
     assert list(a.tasks) == ["rating"] and a.tasks["rating"].weight == 1 and a.seed == 5
-    assert a.train.monitor == "rating/rmse" and b.train.monitor.endswith("/mean_gain")
+    assert a.train.monitor == "rating/rmse" and not a.train.reference
+    assert b.train.monitor == "gain" and b.train.reference == {"rating/rmse": 1.0}
     assert a.balancing.kind == "static" and b.balancing.kind == "uncertainty" and b.tasks["rating"].weight == 0.5
     for c in (a, b):
         assert c.train.epochs == 2 and c.train.patience > 2 and c.train.workers == 0
     assert bench.cell_config(replace(joint)).train.learning_rate == bench.config.train.learning_rate
 
 
+def test_a_chain_that_is_cut_leaves_a_task_that_stands_alone(tiny_run: TinyRun, tmp_path: Path) -> None:
+    def funnel(raw: dict[str, Any]) -> None:
+        like = {"kind": "binary", "label": "like", "depends_on": "click", "chain": "aitm", "calibration": 0.3}
+        raw["tasks"] = {"retrieval": {"kind": "retrieval"}, "click": raw["tasks"]["click"], "like": like}
+
+    config = tiny.make_config(tiny_run.folder, funnel)
+    bench = Bench(config, tiny_run.data.root, None, str(tmp_path), {"retrieval": "ndcg@10", "click": "auc", "like": "auc"}, 1)
+    whole, cut = bench.cell_config(bench.plain), bench.cell_config(replace(bench.plain, tasks=("retrieval", "like")))
+    assert whole.tasks["like"].depends_on == "click" and cut.tasks["like"].depends_on is None  # type: ignore[attr-defined]
+    assert bench.cell_config(bench.single("like", 0)).tasks["like"].depends_on is None  # type: ignore[attr-defined]
+
+
 def test_the_declared_metric_can_choose_the_checkpoint(bench: Bench) -> None:
     bench = replace(bench, select="monitor")
     assert bench.cell_config(bench.plain).train.monitor == "retrieval/ndcg@10"
     assert bench.cell_config(bench.single("rating", 0)).train.monitor == "rating/rmse"
-    assert bench.cell_config(replace(bench.plain, tasks=("click", "rating"))).train.monitor == "click/mean_gain"
+    rest = replace(bench.plain, tasks=("click", "rating"), reference={"click": 0.5})
+    assert bench.cell_config(rest).train.monitor == "gain"  # the declared task is not in it
 
 
 def test_what_a_cell_depends_on_is_in_its_fingerprint(bench: Bench, config: RunConfig) -> None:
-    cell = bench.plain
+    cell = replace(bench.plain, reference=ALONE)
     slower = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 0.5})})
     others = [
         bench.fingerprint(replace(cell, seed=1)), bench.fingerprint(replace(cell, tasks=("click", "rating"))),
@@ -213,7 +229,7 @@ def test_cells_of_one_seed_train_on_the_same_steps(bench: Bench) -> None:
 
 
 def test_a_training_that_breaks_is_an_answer_and_no_file(bench: Bench) -> None:
-    with mock.patch.object(cells_module, "fit", side_effect=RuntimeError("the loss is not finite")):
+    with mock.patch.object(cells_module, "run_worker", side_effect=RuntimeError("the loss is not finite")):
         found = run_cell(bench, bench.plain)
     assert found["error"] == "RuntimeError: the loss is not finite" and not list(Path(bench.out).glob("*"))
 
@@ -233,7 +249,7 @@ def test_a_half_written_cell_does_not_count(bench: Bench, caplog: pytest.LogCapt
 
 def test_the_screen_trains_alone_together_and_all_but_one(bench: Bench) -> None:
     runner = Counting()
-    Study(bench, Plan(seeds=1), runner).execute()
+    execute(Study(bench, Plan(seeds=1), runner))
     groups = [c.tasks for c in runner.trained]
     assert groups[:4] == [("retrieval",), ("click",), ("rating",), ("retrieval", "click", "rating")]
     assert sorted(groups[4:]) == [("click", "rating"), ("retrieval", "click"), ("retrieval", "rating")]
@@ -246,7 +262,7 @@ def test_with_two_tasks_all_but_one_is_alone(tiny_run: TinyRun, tmp_path: Path) 
     config = tiny.make_config(tiny_run.folder, lambda raw: raw.update(tasks={n: raw["tasks"][n] for n in ("retrieval", "click")}))
     runner = Counting()
     bench = Bench(config, tiny_run.data.root, None, str(tmp_path), {t: METRIC[t] for t in config.tasks}, 1)
-    found = Study(bench, Plan(seeds=1), runner).execute()
+    found = execute(Study(bench, Plan(seeds=1), runner))
     assert len(runner.trained) == 3 and set(found["leave_one_out"]) == {"retrieval", "click"}
 
 
@@ -262,37 +278,37 @@ def test_pairs_are_trained_where_wanted(tiny_run: TinyRun, tmp_path: Path) -> No
 
 def test_a_killed_study_goes_on_with_the_missing_cells(bench: Bench) -> None:
     whole = Counting()
-    expected = Study(replace(bench, out=bench.out + "-whole"), Plan(seeds=2), whole).execute()
+    expected = execute(Study(replace(bench, out=bench.out + "-whole"), Plan(seeds=2), whole))
     killed = Counting(dies_after=5)
     with pytest.raises(KeyboardInterrupt):
-        Study(bench, Plan(seeds=2), killed).execute()
+        execute(Study(bench, Plan(seeds=2), killed))
     assert len(killed.trained) == 5
     resumed = Counting()
-    found = Study(bench, Plan(seeds=2), resumed).execute()
+    found = execute(Study(bench, Plan(seeds=2), resumed))
     assert len(resumed.trained) == len(whole.trained) - 5 and not {c.name for c in resumed.trained} & {
         c.name for c in killed.trained
     }
     for key in ("joint", "leave_one_out", "grouping", "tasks", "failed"):
         assert found[key] == expected[key]
     again = Counting()
-    assert Study(bench, Plan(seeds=2), again).execute()["joint"] == expected["joint"] and again.trained == []
+    assert execute(Study(bench, Plan(seeds=2), again))["joint"] == expected["joint"] and again.trained == []
 
 
 def test_cells_of_another_configuration_do_not_mix(bench: Bench) -> None:
     first, second = Counting(), Counting()
-    Study(bench, Plan(seeds=1), first).execute()
+    execute(Study(bench, Plan(seeds=1), first))
     other = bench.config.model_copy(update={"train": bench.config.train.model_copy(update={"weight_decay": 0.5})})
-    Study(replace(bench, config=other), Plan(seeds=1), second).execute()
+    execute(Study(replace(bench, config=other), Plan(seeds=1), second))
     assert len(second.trained) == len(first.trained)
 
 
 def test_a_failed_cell_is_reported_the_others_go_on_and_it_is_tried_again(bench: Bench) -> None:
     failing = Counting(fails=lambda c: c.tasks == ("rating",))
-    found = Study(bench, Plan(seeds=1), failing).execute()
+    found = execute(Study(bench, Plan(seeds=1), failing))
     assert len(found["failed"]) == 1 and found["failed"][0].startswith("rating,") and "not finite" in found["failed"][0]
     assert set(found["joint"]["tasks"]) == {"retrieval", "click"} and len(failing.trained) == 7
     mended = Counting()
-    Study(bench, Plan(seeds=1), mended).execute()
+    execute(Study(bench, Plan(seeds=1), mended))
     # what was judged against the missing reference is judged anew
     assert sorted(c.tasks for c in mended.trained) == [
         ("click", "rating"),
@@ -304,11 +320,11 @@ def test_a_failed_cell_is_reported_the_others_go_on_and_it_is_tried_again(bench:
 
 def test_a_joint_model_that_cannot_be_trained_is_an_error(bench: Bench) -> None:
     with pytest.raises(StudyError, match=r"joint model could not be trained.*not finite"):
-        Study(bench, Plan(seeds=1), Counting(fails=lambda c: len(c.tasks) == 3)).execute()
+        execute(Study(bench, Plan(seeds=1), Counting(fails=lambda c: len(c.tasks) == 3)))
 
 
 def test_gains_affinities_and_groups_follow_from_the_cells(bench: Bench) -> None:
-    found = Study(bench, Plan(seeds=3), Counting()).execute()
+    found = execute(Study(bench, Plan(seeds=3), Counting()))
     joint = {t: g["gain"] for t, g in found["joint"]["tasks"].items()}
     assert joint == pytest.approx({"retrieval": 0.05, "click": 0.05 - 0.08, "rating": -0.10}, abs=1e-6)
     assert found["leave_one_out"]["click"]["tasks"]["rating"]["gain"] == pytest.approx(-0.1, abs=1e-6)
@@ -334,14 +350,27 @@ def test_the_plain_sum_is_always_in_the_grid(bench: Bench) -> None:
 
 def test_the_best_of_the_grid_is_compared_with_the_plain_sum_over_all_seeds(bench: Bench) -> None:
     runner = Counting()
-    grid = Study(bench, Plan(seeds=3, balancing=("uncertainty",)), runner).execute()["grid"]
+    grid = execute(Study(bench, Plan(seeds=3, balancing=("uncertainty",)), runner))["grid"]
     assert grid["best"] == grid["recommended"] == ["shared_bottom", "uncertainty"]
     assert grid["over_plain"]["tasks"]["retrieval"]["gain"] == pytest.approx(0.03 / 1.05, abs=1e-6)
     assert sum(c.balancing == "uncertainty" for c in runner.trained) == 3
     with mock.patch.dict(VARIANT, {"uncertainty": 0.001}):  # not worth it
         other = replace(bench, out=bench.out + "-other")
-        grid = Study(other, Plan(seeds=3, balancing=("uncertainty",)), Counting()).execute()["grid"]
+        grid = execute(Study(other, Plan(seeds=3, balancing=("uncertainty",)), Counting()))["grid"]
     assert grid["best"] == ["shared_bottom", "uncertainty"] and grid["recommended"] == grid["plain"] == ["shared_bottom", "static"]
+
+
+def test_what_this_machine_cannot_have_is_left_out_of_the_grid_with_the_reason(bench: Bench) -> None:
+    from mtrec_ray.balancing import MissingSolver
+
+    def without_torchjd(config: RunConfig) -> None:
+        if config.balancing.kind == "upgrad":
+            raise MissingSolver("balancing.kind: upgrad needs torchjd: pip install 'mtrec_ray[balancing]'")
+
+    with mock.patch.object(study_module, "check_machine", without_torchjd):
+        found = execute(Study(bench, Plan(seeds=1, balancing=("upgrad", "uncertainty")), Counting()))
+    assert [row["balancing"] for row in found["grid"]["rows"]] == ["static", "uncertainty"] and found["failed"] == []
+    assert found["grid"]["refused"][0]["balancing"] == "upgrad" and "pip install" in found["grid"]["refused"][0]["why"]
 
 
 def test_epochs_follow_from_the_slowest_model() -> None:
