@@ -27,7 +27,7 @@ def execute(study: Study) -> dict[str, Any]:
     study.run("screen, tasks alone", study.singles(first))
     study.run("screen, groups", [study.joint(first), *(study.group(g, first) for g in study.screened_groups() if g != tasks)])
     if study.cell(study.joint(first)) is None:
-        error = study.found[study.bench.fingerprint(study.joint(first))]["error"]
+        error = study.found[study.key(study.joint(first))]["error"]
         raise StudyError(f"the joint model could not be trained, so there is nothing to report: {error}")
     study.run("screen, grid", [study.variant(v, first) for v in study.variants()])
     grid = _grid(study, first)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mtrec_ray.config import ProfileTask, RunConfig
 from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER, RANKING
 from mtrec_ray.schema import LogSchema
+from mtrec_ray.tasks import KINDS
 
 METRICS: dict[str, tuple[str, ...]] = {
     "retrieval": ("ndcg@10", *(n for n in RANKING if n != "ndcg@10"), "final_ndcg@10", "final_hr@10", "final_mrr"),
@@ -17,8 +18,10 @@ METRICS: dict[str, tuple[str, ...]] = {
     "binary": ("auc", "user_auc", "logloss", "normalised_entropy"),
     "similarity": ("hit@10",),
     "profile": ("macro_f1", "accuracy", "auc"),
+    "multiclass": ("macro_f1", "accuracy", "logloss"),
+    "multilabel": ("macro_auc", "micro_auc", "logloss"),
 }
-"""Kind of a task -> metrics that it can be judged by; the first is the default."""
+"""Kind of a task -> metrics that it can be judged by; the first is the default. Other kinds: what the report shows of them."""
 TWO_CLASSES = {"profile": "auc"}
 """The default where the attribute has two classes."""
 
@@ -34,7 +37,7 @@ def check_choices(config: RunConfig, chosen: Sequence[str]) -> dict[str, str]:
         task, mark, metric = choice.partition("=")
         if not mark or task not in config.tasks:
             raise MetricError(f"--metric {choice!r}: expected TASK=METRIC with a task of {list(config.tasks)}")
-        known = METRICS[config.tasks[task].kind]
+        known = _known(task, config)
         if metric not in known:
             raise MetricError(f"--metric {choice!r}: {task} is of kind {config.tasks[task].kind}, which has {list(known)}")
         out[task] = metric
@@ -55,7 +58,12 @@ def _default(name: str, config: RunConfig, schema: LogSchema) -> str:
         classes = next(a.classes for a in schema.attributes if a.name == task.attribute)
         if len(classes) == 2:
             return TWO_CLASSES[task.kind]
-    return METRICS[task.kind][0]
+    return _known(name, config)[0]
+
+
+def _known(name: str, config: RunConfig) -> tuple[str, ...]:
+    task = config.tasks[name]
+    return METRICS.get(task.kind) or (KINDS[task.kind].judge(name, task).main,)
 
 
 def relative_gain(value: NDArray[np.float64], reference: NDArray[np.float64], metric: str) -> NDArray[np.float64]:

@@ -57,11 +57,20 @@ class Study:
         self.refused = self._refusals()
         """Variants of the grid that are left out -> why."""
 
+        self._keys: dict[tuple[Any, ...], str] = {}
+
+    def key(self, cell: Cell) -> str:
+        """The cell's fingerprint, made once."""
+        name = (cell.tasks, cell.seed, cell.sharing, cell.balancing, cell.record, tuple(cell.reference.items()))
+        if name not in self._keys:
+            self._keys[name] = self.bench.fingerprint(cell)
+        return self._keys[name]
+
     # -- running
 
     def run(self, stage: str, cells: Sequence[Cell]) -> None:
         """Train what is missing of some cells, with a line and an estimate after each."""
-        wanted = {self.bench.fingerprint(c): c for c in cells}
+        wanted = {self.key(c): c for c in cells}
         for key, cell in wanted.items():
             if key not in self.found and (kept := self.bench.load(cell)) is not None:
                 self.found[key] = kept
@@ -82,7 +91,7 @@ class Study:
 
     def cell(self, cell: Cell) -> dict[str, Any] | None:
         """A finished cell; None when it failed."""
-        found = self.found.get(self.bench.fingerprint(cell))
+        found = self.found.get(self.key(cell))
         return None if found is None or "error" in found else found
 
     def cells(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
