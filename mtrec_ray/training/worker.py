@@ -108,7 +108,7 @@ def valid_evaluator(config: RunConfig, schema: LogSchema, catalogue: pa.Table, c
             item_vec_ND = model.item_vectors().cpu()
         predictor = Predictor(config, schema, catalogue, model.cpu(), item_vec_ND, fingerprint="training")
         statistics = quick_statistics(predictor, cache, mine, folds)
-        return quick_metrics(predictor, Statistics.merge(distributed.gather_objects(statistics)))
+        return quick_metrics(predictor, Statistics.merge(distributed.gather_objects(statistics)), folds)
 
     return evaluate
 
@@ -139,6 +139,7 @@ def run_worker(
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
     model.item_tower.residual.name_items(hash_ids(catalogue["item_id"].slice(0, schema.n_train_items)))
+    model.read_catalogue(catalogue, (*config.evaluation.profile_folds_test, config.evaluation.profile_fold_valid))
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
     return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, checkpoints, device)
 
