@@ -147,6 +147,8 @@ def test_gradients_are_kept_per_epoch_with_their_means() -> None:
 
 
 def test_every_cell_has_the_same_budget_and_a_task_alone_stands_for_itself(bench: Bench) -> None:
+    impatient = bench.config.model_copy(update={"train": bench.config.train.model_copy(update={"patience": 1})})
+    bench = replace(bench, config=impatient)
     alone, joint = bench.single("rating", 5), replace(bench.plain, balancing="uncertainty", reference={"rating": 1.0})
     a, b = bench.cell_config(alone), bench.cell_config(joint)
     assert list(a.tasks) == ["rating"] and a.tasks["rating"].weight == 1 and a.seed == 5
