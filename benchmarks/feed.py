@@ -23,10 +23,10 @@ import torch
 from benchmarks.loop_overhead import WINDOW, make_config, make_schema, make_windows
 from benchmarks.report import finish
 from mtrec_ray import runtime, storage
-from mtrec_ray.balancing.weights import build_balancer
 from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.feed import CachedFeed, Feed, WindowCache
-from mtrec_ray.training.loop import Training, _Losses, build_optimizer, train_step
+from mtrec_ray.training.loop import Training
+from mtrec_ray.training.step import build_losses, build_optimizer, train_step
 from mtrec_ray.training.worker import build_feed, build_model, build_stream
 
 TARGET, ROUNDS, FILES, WARM_UP, STEPS = 3.0, 5, 8, 10, 40
@@ -36,15 +36,15 @@ def training_rate(feed: CachedFeed) -> float:
     """Targets per second of the loop's own step on batches in memory."""
     config, schema = make_config(), make_schema()
     model = build_model(config, schema, None).train()
-    losses: Any = _Losses(model, build_balancer(config.balancing, [t.weight for t in config.tasks.values()]))
+    losses: Any = build_losses(config, model)
     optimizer = build_optimizer(losses, config.train)
     steps = feed.epoch(0)
     batches = [next(steps) for _ in range(WARM_UP + STEPS)]
     for micro in batches[:WARM_UP]:
-        train_step(losses, model, optimizer, micro)
+        train_step(losses, optimizer, micro)
     started = time.perf_counter()
     for micro in batches[WARM_UP:]:
-        train_step(losses, model, optimizer, micro)
+        train_step(losses, optimizer, micro)
     return sum(len(b.targets) for micro in batches[WARM_UP:] for b in micro) / (time.perf_counter() - started)
 
 

@@ -68,15 +68,14 @@ def measure(settings: dict[str, Any]) -> float:
     """Events per second of the loop's own step, from memory or from the cached feed, after the warm-up."""
     import torch
 
-    from mtrec_ray.balancing.weights import build_balancer
     from mtrec_ray.training.feed import WindowCache
-    from mtrec_ray.training.loop import _Losses, build_optimizer, distribute, train_step
+    from mtrec_ray.training.step import build_losses, build_optimizer, distribute, train_step
     from mtrec_ray.training.worker import build_feed, build_model
 
     torch.set_num_threads(1)
     config, schema = make_config(), make_schema()
     model = build_model(config, schema, None).train()
-    losses: Any = _Losses(model, build_balancer(config.balancing, [t.weight for t in config.tasks.values()]))
+    losses: Any = build_losses(config, model)
     optimizer = build_optimizer(losses, config.train)
     if settings["distributed"]:
         losses = distribute(losses)
@@ -90,7 +89,7 @@ def measure(settings: dict[str, Any]) -> float:
         if step == WARM_UP:
             started = time.perf_counter()
         micro = next(steps)
-        train_step(losses, model, optimizer, micro)
+        train_step(losses, optimizer, micro)
         if step >= WARM_UP:
             events += sum(len(b.targets) for b in micro)
     return events / (time.perf_counter() - started)

@@ -27,9 +27,7 @@ def main(stages: tuple[str, ...], description: str, argv: list[str] | None = Non
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", help="key.path=value, such as tasks.rating.weight=0.5")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    show_log()
     try:
         config = load_config(args.config, args.overrides)
         run_stages(config, args.out or f"runs/{config.name}", stages, getattr(args, "append", False))
@@ -39,6 +37,13 @@ def main(stages: tuple[str, ...], description: str, argv: list[str] | None = Non
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def show_log() -> None:
+    """Progress on standard error."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def plain(error: BaseException) -> str:

@@ -20,9 +20,10 @@ from mtrec_ray.config.tasks import (
     SimilarityTask,
     TaskConfig,
 )
-from mtrec_ray.config.train import BalancingConfig, TrainConfig
+from mtrec_ray.config.train import GAIN, BalancingConfig, TrainConfig
 
 __all__ = [
+    "GAIN",
     "AttributeConfig",
     "BalancingConfig",
     "BaseTask",

@@ -22,6 +22,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     overrides: `tasks.rating.weight=0.5`; the value is read as YAML.
     Raises ConfigError with one line for each wrong key.
     """
+    raw = read_mapping(path)
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML file with a mapping at its top, in which no key occurs twice. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -34,9 +42,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(raw).__name__}")
-    for override in overrides:
-        _apply(raw, override)
-    return parse_config(raw, str(path))
+    return raw
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -78,16 +84,23 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"override {override!r}: expected key.path=value")
-    *parents, last = key.strip().split(".")
+    try:
+        set_key(raw, key.strip(), yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from None
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key path such as `tasks.rating.weight`; sections on the way are made. Raises ConfigError for one that is a value."""
+    *parents, last = key.split(".")
     node = raw
     for parent in parents:
         child = node.get(parent)
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a mapping")
+            raise ConfigError(f"{parent!r} holds a value, not a mapping")
         node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {value!r} is not a YAML value") from None
+    node[last] = value

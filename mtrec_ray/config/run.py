@@ -10,7 +10,7 @@ from mtrec_ray.config.base import Int, Model
 from mtrec_ray.config.data import DataConfig
 from mtrec_ray.config.model import ModelConfig
 from mtrec_ray.config.tasks import RetrievalTask, TaskConfig
-from mtrec_ray.config.train import BalancingConfig, TrainConfig
+from mtrec_ray.config.train import GAIN, BalancingConfig, TrainConfig
 
 
 class NoRetrievalError(ValueError):
@@ -106,12 +106,21 @@ class RunConfig(Model):
             task.check(key, self.data, self.tasks)
         if self.encoder is not None and self.data.text is None:
             raise ValueError("encoder: data.text is missing, so there is no text to encode")
-        monitored, _, metric = self.train.monitor.partition("/")
-        if monitored not in self.tasks or not metric:
-            raise ValueError(
-                f"train.monitor: {self.train.monitor!r} is not task/metric with a task of {sorted(self.tasks)}; "
-                "name what chooses the best checkpoint, such as rating/rmse"
-            )
+        if self.train.monitor == GAIN and not self.train.reference:
+            raise ValueError("train.monitor: gain needs train.reference, such as {retrieval/ndcg@10: 0.12, rating/rmse: 0.97}")
+        measured = dict.fromkeys(self.train.reference, "train.reference")
+        if self.train.monitor != GAIN:
+            measured[self.train.monitor] = "train.monitor"
+        for name, key in measured.items():
+            task_name, _, metric = name.partition("/")
+            if task_name not in self.tasks or not metric:
+                raise ValueError(
+                    f"{key}: {name!r} is not task/metric with a task of {sorted(self.tasks)}; name what chooses the best "
+                    "checkpoint, such as rating/rmse"
+                )
+        for name, value in self.train.reference.items():
+            if value == 0:
+                raise ValueError(f"train.reference.{name}: a relative gain over 0 is no number; name another metric")
         return self
 
     @property

@@ -40,8 +40,25 @@ class RetrievalTask(BaseTask):
     kind: Literal["retrieval"]
     positive: str | None = None
     """Expression over labels: which targets are positives. Default: the events that are history."""
+    loss: Literal["softmax", "sampled_softmax", "gbce"] = "softmax"
+    """`softmax` over the whole training catalogue. With `negatives` instead of it: `sampled_softmax`, corrected by logQ, or
+    `gbce` (arXiv 2308.07192), both for catalogues of tens of thousands of items and more. See docs/models.md."""
+    negatives: Int | None = Field(default=None, ge=1)
+    """K items drawn per step for all rows together; needed by `sampled_softmax` and `gbce`."""
+    popularity: float | None = Field(default=None, ge=0, le=1)
+    """`sampled_softmax`: negatives are drawn by (1 + training events)^popularity. Default: 0.75; 0 is uniform."""
+    calibration: float | None = Field(default=None, ge=0, le=1)
+    """`gbce`: t, from 0 (plain BCE) to 1 (calibrated). Default: 0.75."""
 
     def check(self, key: str, data: DataConfig, tasks: Mapping[str, BaseTask]) -> None:
+        if self.loss == "softmax" and self.negatives is not None:
+            raise ValueError(f"{key}.negatives: loss softmax reads all items; say loss: sampled_softmax or gbce, or leave it out")
+        if self.loss != "softmax" and self.negatives is None:
+            raise ValueError(f"{key}.negatives: loss {self.loss} needs a number of negatives, such as 512")
+        if self.popularity is not None and self.loss != "sampled_softmax":
+            raise ValueError(f"{key}.popularity: only loss sampled_softmax draws by popularity, not {self.loss}")
+        if self.calibration is not None and self.loss != "gbce":
+            raise ValueError(f"{key}.calibration: only loss gbce is calibrated, not {self.loss}")
         if self.positive is not None:
             checked_expression(self.positive, set(data.labels), f"{key}.positive")
 
@@ -77,8 +94,26 @@ class RegressionTask(BaseTask):
 
 
 class BinaryTask(BaseTask):
+    """Whether something happens; see docs/sharing.md for funnels."""
+
     kind: Literal["binary"]
     label: str
+    loss: Literal["bce", "focal"] = "bce"
+    """`focal`: targets that are predicted well already count less (Lin et al. 2017, arXiv 1708.02002). It ranks; its
+    probabilities are pulled towards 1/2."""
+    focal_gamma: float = Field(default=2.0, ge=0)
+    """γ of `focal`; 0 is `bce`."""
+    positive_weight: float = Field(default=1.0, gt=0)
+    """Weight w of a positive in the loss, 1 for a negative. The predicted odds become w times the true ones:
+    p / (1 − p) ÷ w undoes it. With w other than 1, log loss and calibration are therefore worse; AUC need not be."""
+    depends_on: str | None = None
+    """The binary task that must happen first, such as the click before the purchase. The prediction is then the probability
+    of the whole event, trained over all impressions."""
+    chain: Literal["esmm", "aitm"] = "esmm"
+    """How a task with `depends_on` follows from the other. `esmm`: p = p(before) · p(this | before) (arXiv 1804.07931).
+    `aitm`: p directly, from what the task before knows, by attention (arXiv 2105.08489). See mtrec_ray/models/chains.py."""
+    calibration: float = Field(default=0.6, ge=0)
+    """`aitm`: weight of the calibrator max(0, p − p(before)) in the loss; 0.6 is the paper's."""
 
     @property
     def labels_read(self) -> tuple[str, ...]:
@@ -88,6 +123,25 @@ class BinaryTask(BaseTask):
         check_label(key, self.label, data)
         if not is_binary(data.labels[self.label]):
             raise ValueError(f"{key}.label: {self.label!r} is numeric; say kind: binary or derive it by a comparison")
+        if self.depends_on is None:
+            if self.chain != "esmm":
+                raise ValueError(f"{key}.chain: {self.chain} needs depends_on: the task before this one")
+            return
+        name = key.removeprefix("tasks.")
+        others = sorted(n for n, t in tasks.items() if isinstance(t, BinaryTask) and n != name)
+        if self.depends_on == name:
+            raise ValueError(f"{key}.depends_on: the task itself; name the task before it, one of {others}, or take the key out")
+        if self.depends_on not in tasks:
+            raise ValueError(f"{key}.depends_on: {self.depends_on!r} is not a task; the binary ones are {others}")
+        if self.depends_on not in others:
+            kind = tasks[self.depends_on].kind
+            raise ValueError(f"{key}.depends_on: {self.depends_on!r} is of kind {kind}; the binary tasks are {others}")
+        path: list[str] = [name]
+        while isinstance(before := tasks.get(path[-1]), BinaryTask) and before.depends_on is not None:
+            path.append(before.depends_on)
+            if before.depends_on in path[:-1]:
+                cycle = " → ".join(path[path.index(before.depends_on) :])
+                raise ValueError(f"{key}.depends_on: a cycle, {cycle}; the first step of a funnel depends on nothing")
 
 
 class SimilarityTask(BaseTask):
@@ -99,6 +153,8 @@ class SimilarityTask(BaseTask):
     share: float = Field(default=0.25, gt=0, le=1)
     """Share of the targets that contribute a pair in an epoch."""
     temperature: float = Field(default=0.1, gt=0)
+    negatives: Int | None = Field(default=None, ge=1)
+    """K items drawn per step by (1 + training events)^0.75 in place of the whole training catalogue, corrected by logQ."""
 
 
 class MulticlassTask(BaseTask):

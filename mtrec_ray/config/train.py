@@ -8,10 +8,31 @@ from pydantic import BeforeValidator, Field
 
 from mtrec_ray.config.base import Int, Model
 
+GAIN = "gain"
+"""`train.monitor` for the mean relative gain over `train.reference`."""
+
 
 class BalancingConfig(Model):
-    kind: Literal["static", "uncertainty"] = "static"
-    """`static`: λ as given. `uncertainty`: learned log-variances (Kendall et al. 2018, arXiv 1705.07115)."""
+    """How the weights λ of L = Σ λᵢ Lᵢ are found; see docs/multitask.md."""
+
+    kind: Literal[
+        "static", "uncertainty", "dwa", "famo", "mgda", "pcgrad", "cagrad", "aligned_mtl", "imtl_g", "upgrad", "nash_mtl"
+    ] = "static"
+    """`static`: λ as given, the plain sum. From losses: `uncertainty`, `dwa`, `famo`. From the gradients' Gramian at the
+    state: the others."""
+    update_every: Int = Field(default=1, ge=1)
+    """Gramian kinds: steps between two solutions; λ stays in between."""
+    record: bool = False
+    """Report the norms and pairwise cosines of the tasks' gradients at the state, per epoch."""
+    record_every: Int = Field(default=10, ge=1)
+    """`record`: steps between two measurements, where the balancer needs no Gramian itself."""
+    dwa_temperature: float = Field(default=2.0, gt=0)
+    famo_learning_rate: float = Field(default=0.025, gt=0)
+    """Of Adam on the logits of the weights."""
+    famo_decay: float = Field(default=0.001, ge=0)
+    """Pull of the logits towards equal weights."""
+    cagrad_c: float = Field(default=0.5, ge=0)
+    """How far the update may lie from the mean gradient, as a share of its length."""
 
 
 def _workers(value: Any) -> Any:
@@ -52,8 +73,16 @@ class TrainConfig(Model):
     threads: Int = Field(default=1, ge=1)
     """torch threads of a worker."""
     use_gpu: bool = False
+    """One GPU per worker, over NCCL, with batches in pinned memory."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the matrix products; weights and losses stay float32. `auto`: bf16 on a GPU that has it, else float32."""
+    compile: bool = False
+    """`torch.compile` the trunk: needs a C++ compiler, and pays in long runs."""
     monitor: str = "retrieval/ndcg@10"
-    """`task/metric` on valid that selects the best checkpoint."""
+    """`task/metric` on valid that selects the best checkpoint, or `gain`: the mean relative gain over `reference`."""
+    reference: dict[str, float] = Field(default_factory=dict)
+    """`task/metric` on valid -> value to compare with, such as those of single-task models; every epoch then reports the mean
+    relative gain over them."""
     patience: Int = Field(default=10, ge=1)
     """Epochs without improvement before training stops."""
     evaluate_every: Int = Field(default=1, ge=1)

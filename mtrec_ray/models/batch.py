@@ -81,6 +81,8 @@ class Batch:
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
+        if device.type == "cuda":
+            value = value.pin_memory()
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {k: _to(v, device) for k, v in value.items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mtrec_ray.config import RunConfig
 from mtrec_ray.models.batch import Batch, HistoryBatch
+from mtrec_ray.models.chains import Chains
 from mtrec_ray.models.features import FeatureEmbedding
 from mtrec_ray.models.item_tower import ItemTower
 from mtrec_ray.models.sharing import build_sharing
@@ -28,23 +31,25 @@ class Recommender(nn.Module):
 
     def __init__(self, config: RunConfig, schema: LogSchema, text_NE: Tensor | None) -> None:
         super().__init__()
-        self.schema = schema
+        self.schema, self.seed = schema, config.seed
+        self.held_folds = (*config.evaluation.profile_folds_test, config.evaluation.profile_fold_valid)
         text_width = 0 if text_NE is None else text_NE.shape[1]
         self.register_buffer("text_NE", text_NE, persistent=False)
         self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)
         self.tokens = EventTokens(config.model, schema)
         self.trunk = build_trunk(config.model, schema.window)
         context_width = 8
-        self.request_context = nn.ModuleDict({c.name: FeatureEmbedding(c, context_width, 1.0) for c in schema.request_features})
         tasks = {n: build_task(n, t, schema, config.model) for n, t in config.tasks.items()}
         pointwise = [n for n, t in tasks.items() if t.pointwise]
-        self.sharing = build_sharing(config.model, pointwise, context_width * len(schema.request_features))
+        features = schema.request_features if pointwise else []  # under DDP every parameter must be used
+        self.request_context = nn.ModuleDict({c.name: FeatureEmbedding(c, context_width, 1.0) for c in features})
+        self.sharing = build_sharing(config.model, pointwise, context_width * len(features))
+        self.chains = Chains(config.tasks, config.model.sharing_width)
         self.tasks = nn.ModuleDict(tasks)
         self.reads_state = any(t.reads_state for t in tasks.values())
-        # what no task reads is not trained: DDP would wait for its gradients
-        idle = [] if pointwise else [self.sharing, self.request_context]
-        for module in [*idle, *([] if self.reads_state else [self.tokens, self.trunk])]:
-            module.requires_grad_(False)
+        if not self.reads_state:  # what no task reads is not trained: DDP would wait for its gradients
+            self.tokens.requires_grad_(False)
+            self.trunk.requires_grad_(False)
 
     # -- tasks by kind
 
@@ -72,22 +77,31 @@ class Recommender(nn.Module):
     def item_tasks(self) -> dict[str, ItemTask]:
         return {t.name: t for t in self.task_list if isinstance(t, ItemTask)}
 
-    def read_catalogue(self, catalogue: pa.Table, held_folds: tuple[int, ...]) -> None:
+    def read_catalogue(self, catalogue: pa.Table) -> None:
         """Give the tasks what they know of items beside vectors; needed before training and before inference.
 
-        catalogue: as prepare wrote it; held_folds: folds whose labels are masked in training.
+        catalogue: as prepare wrote it.
         """
         for task in self.task_list:
-            task.read_catalogue(catalogue, self.schema, held_folds)
+            task.read_catalogue(catalogue, self.schema, self.held_folds)
 
     # -- training
+
+    def fit_items(self, hash_N: NDArray[np.uint64], count_N: Tensor) -> None:
+        """hash_N, count_N: a hash of every training item's id and its training events; needed once, before training."""
+        self.item_tower.residual.name_items(hash_N)
+        for task in self.task_list:
+            task.fit_items(count_N, self.seed)
 
     def counts(self, batch: Batch) -> Tensor:
         """count_T of this rank's batch."""
         return torch.stack([t.count(batch).float() for t in self.task_list])
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of losses per task over this rank's batch -> loss_sum_T."""
+    def forward(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """-> (sum of losses over this rank's batch of each task, state_BLD).
+
+        The losses stay apart, so that one of them can be back-propagated without the others.
+        """
         targets = batch.targets
         item_vec_ND = self.item_tower(self.text_NE, self.schema.n_train_items, batch.step)
         if self.reads_state:
@@ -99,21 +113,27 @@ class Recommender(nn.Module):
             state_MD = state_BLD[targets.window_M, targets.pos_M]
             shared = self.share(state_MD, item_vec_ND[targets.item_M], targets.context_M)
         forward = Forward(state_BLD, item_vec_ND, shared)
-        return torch.stack([t.loss_sum(forward, batch) for t in self.task_list])
+        return [t.loss_sum(forward, batch) for t in self.task_list], state_BLD
 
     # -- inference
 
     def share(self, state: Tensor, item_vec: Tensor, context: dict[str, Tensor]) -> dict[str, Tensor]:
-        """(state, item vector, request context) of targets, or of B requests with K items each -> task: (..., H).
+        """(state, item vector, request context) of targets, or of B requests with K items each -> what each head reads.
 
-        state and item_vec: (M, D) or (B, K, D); context: encoded features of M targets or B requests.
+        M targets: state and item_vec (M, D), context encoded features of M -> task: (M, H).
+        B requests: state (B, 1, D), item_vec (B, K, D), context encoded features of B -> task: (B, K, H).
+        A task that depends on another gets H + 1 numbers (models/chains.py).
         """
         context_C = state.new_zeros(*state.shape[:-1], 0)
         if self.request_context:
-            context_C = torch.cat([embed(context[name]) for name, embed in self.request_context.items()], dim=-1)
-            if context_C.dim() < state.dim():
-                context_C = context_C[:, None, :].expand(*state.shape[:-1], -1)
-        return self.sharing(state, item_vec, context_C)  # type: ignore[no-any-return]
+            embedded = [embed(context[name]) for name, embed in self.request_context.items()]
+            context_C = torch.cat(embedded, dim=-1)
+            context_C = context_C if state.dim() == 2 else context_C[:, None, :]
+        return self.chains(self.sharing(state, item_vec, context_C), self.pointwise)  # type: ignore[no-any-return]
+
+    def predict(self, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `share` gave -> predictions of every pointwise task in its label's units (...)."""
+        return {name: task.predict(shared[name]) for name, task in self.pointwise.items()}
 
     def item_vectors(self) -> Tensor:
         """Vectors of the whole catalogue at inference -> item_vec_ND."""
@@ -121,7 +141,7 @@ class Recommender(nn.Module):
 
     def states(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         """Histories -> state_BLD."""
-        return self.trunk(self.tokens(item_vec_ND, history), history.time_BS)  # type: ignore[no-any-return]
+        return self.trunk(self.tokens(item_vec_ND, history), history.time_BS).float()  # type: ignore[no-any-return]
 
     def encode(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         """Histories -> the state after each one's last event, state_BD."""

@@ -25,7 +25,8 @@ class Forward:
     item_vec_ND: Tensor
     """Vectors of the training catalogue."""
     shared: dict[str, Tensor]
-    """Output of the sharing layers per pointwise task, (M, H)."""
+    """What the head of each pointwise task reads: output of the sharing layers, (M, H), and for a task with `depends_on` one
+    number more (models/chains.py)."""
 
 
 class Task(nn.Module):
@@ -58,6 +59,9 @@ class Task(nn.Module):
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
         raise NotImplementedError
 
+    def fit_items(self, count_N: Tensor, seed: int) -> None:
+        """Told once before training: training events of every training item, and the run's seed."""
+
 
 class PointwiseTask(Task):
     """A task with a number per (user, item)."""
@@ -67,7 +71,7 @@ class PointwiseTask(Task):
     """Whether `distribution` says more than `predict`."""
 
     def predict(self, shared: Tensor) -> Tensor:
-        """Output of the sharing layers (..., H) -> prediction in the label's units (...)."""
+        """What the head reads (..., H) -> prediction in the label's units (...)."""
         raise NotImplementedError
 
     def final(self, prediction: Tensor) -> Tensor:

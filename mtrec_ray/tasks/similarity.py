@@ -1,4 +1,4 @@
-"""similarity: items that belong together, by InfoNCE over the training catalogue (arXiv 1807.03748)."""
+"""similarity: items that belong together, by InfoNCE over the training catalogue or a sample (arXiv 1807.03748)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mtrec_ray.models.batch import Batch
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks.base import Forward, Task
 from mtrec_ray.tasks.judge import FloatArray, Judge, Kind
+from mtrec_ray.tasks.negatives import Negatives, column_of
+from mtrec_ray.tasks.softmax import Hidden, softmax_loss
 
 if TYPE_CHECKING:
     from mtrec_ray.evaluation.reduce import Reduction
@@ -23,19 +25,24 @@ class Similarity(Task):
     """Cosine of projected item vectors; a pair is two training positives of one user close in time.
 
     The anchor itself is no candidate. The whole training catalogue is the denominator, so negatives are the
-    same on every rank.
+    same on every rank; or `negatives`, drawn the same on every rank and corrected by logQ, stand for it.
     """
 
     reads_state = False
 
-    def __init__(self, name: str, width: int, temperature: float) -> None:
+    def __init__(self, name: str, width: int, temperature: float, negatives: Negatives | None = None) -> None:
         super().__init__()
-        self.name, self.temperature = name, temperature
+        self.name, self.temperature, self.negatives = name, temperature, negatives
         self.project = nn.Linear(width, width, bias=False)
 
     @classmethod
     def build(cls, name: str, config: SimilarityTask, schema: LogSchema, model: ModelConfig) -> Similarity:
-        return cls(name, model.width, config.temperature)
+        negatives = None if config.negatives is None else Negatives(name, schema.n_train_items, config.negatives, 0.75)
+        return cls(name, model.width, config.temperature, negatives)
+
+    def fit_items(self, count_N: Tensor, seed: int) -> None:
+        if self.negatives is not None:
+            self.negatives.fit(count_N, seed)
 
     def vectors(self, item_vec_ND: Tensor) -> Tensor:
         """Unit vectors whose inner product is the similarity in [-1, 1]."""
@@ -45,10 +52,20 @@ class Similarity(Task):
         return torch.tensor(len(batch.pair_anchor_P), device=batch.pair_anchor_P.device)
 
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
-        vec_ND = self.vectors(forward.item_vec_ND)
-        logit_PN = vec_ND[batch.pair_anchor_P] @ vec_ND.T / self.temperature
-        logit_PN = logit_PN.scatter(1, batch.pair_anchor_P[:, None], float("-inf"))
-        return F.cross_entropy(logit_PN, batch.pair_positive_P, reduction="sum")
+        anchor_P, positive_P = batch.pair_anchor_P, batch.pair_positive_P
+        row_P = torch.arange(len(anchor_P), device=anchor_P.device)
+        if self.negatives is None:
+            vec_ND = self.vectors(forward.item_vec_ND)
+            N = len(vec_ND)
+            hidden = [Hidden(row_P * N + anchor_P), Hidden(row_P * N + positive_P)]
+            return softmax_loss(F.embedding(anchor_P, vec_ND) / self.temperature, vec_ND, row_P, positive_P, N, hidden)
+        item_U, count_U = self.negatives.draw(batch.step)
+        U, P = len(item_U), len(anchor_P)
+        vec_CD = self.vectors(F.embedding(torch.cat([item_U, positive_P, anchor_P]), forward.item_vec_ND))
+        columns = [column_of(item_P, item_U) for item_P in (anchor_P, positive_P)]
+        hidden = [Hidden((row_P * U + column_P)[column_P >= 0]) for column_P in columns]
+        bias_U = self.negatives.correction(item_U, count_U)
+        return softmax_loss(vec_CD[U + P :] / self.temperature, vec_CD[: U + P], row_P, U + row_P, U, hidden, bias_U)
 
 
 class SimilarityJudge(Judge):

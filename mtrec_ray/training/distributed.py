@@ -27,6 +27,13 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def broadcast_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values, in place."""
+    if is_distributed():
+        dist.broadcast(value, 0)
+    return value
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
     if not is_distributed():

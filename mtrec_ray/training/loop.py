@@ -3,28 +3,23 @@
     python -m mtrec_ray.training.loop --config FILE --data DIR [--text DIR] --out DIR
     torchrun --nproc-per-node 2 -m mtrec_ray.training.loop --config FILE --data DIR [--text DIR] --out DIR
 
-Every loss is divided by the global count of its labels and scaled by the world size (DDP averages), so one
-worker and N workers make the same update from the same global batch (DESIGN §1.5). Every draw is seeded by
-(seed, global step, rank), so a run that goes on from a checkpoint draws what the uninterrupted one drew.
+A step is in step.py. Every draw is seeded by (seed, global step, rank), so a run that goes on from a checkpoint draws what the
+uninterrupted one drew.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mtrec_ray.balancing.weights import build_balancer
-from mtrec_ray.config import RunConfig, TrainConfig
+from mtrec_ray.config import GAIN, RunConfig, TrainConfig
 from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.training import distributed
@@ -32,6 +27,7 @@ from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.feed import Feed
 from mtrec_ray.training.guard import FiniteLoss, TrainingStopped, check_weights, memory_errors
 from mtrec_ray.training.progress import EpochSums, Progress
+from mtrec_ray.training.step import build_losses, build_optimizer, build_scheduler, distribute, train_step, working_precision
 
 log = logging.getLogger(__name__)
 
@@ -61,88 +57,13 @@ class Fitted:
     """Targets trained."""
 
 
-class _Losses(nn.Module):
-    """The module that DDP wraps: recommender and balancer together, so that the balancer's parameters are
-    averaged too."""
-
-    def __init__(self, model: Recommender, balancer: nn.Module) -> None:
-        super().__init__()
-        self.model, self.balancer = model, balancer
-
-    def forward(self, batch: Any, scale_T: Tensor, present_T: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (what to minimise on this rank, detached loss sums)."""
-        sum_T = self.model(batch)
-        return self.balancer(sum_T * scale_T, present_T), sum_T.detach()
-
-
-@dataclass
-class Step:
-    """What one optimiser step counted, over all ranks."""
-
-    loss_sum_T: Tensor
-    count_T: Tensor
-    size_2: Tensor
-    """Windows and targets."""
-
-
-def train_step(losses: nn.Module, model: Recommender, optimizer: torch.optim.Optimizer, micro: list[Any],
-               clip_norm: float | None = None) -> Step:  # fmt: skip
-    """One optimiser step on this rank's micro-batches of a global batch."""
-    local_T = torch.stack([model.counts(b) for b in micro]).sum(0)
-    size_2 = local_T.new_tensor([sum(len(b.history) for b in micro), sum(len(b.targets) for b in micro)])
-    counted = distributed.all_reduce_sum(torch.cat([local_T, size_2]))
-    count_T, size_2 = counted[:-2], counted[-2:]
-    present_T = (count_T > 0).float()
-    scale_T = distributed.world_size() / count_T.clamp(min=1e-12) * present_T
-    optimizer.zero_grad(set_to_none=True)
-    total_T = torch.zeros_like(count_T)
-    for i, batch in enumerate(micro):
-        last = i == len(micro) - 1
-        quiet = contextlib.nullcontext() if last or not hasattr(losses, "no_sync") else losses.no_sync()  # type: ignore[operator]
-        with quiet:
-            loss, sum_T = losses(batch, scale_T, present_T / len(micro))
-            loss.backward()
-        total_T += sum_T
-    if clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(losses.parameters(), clip_norm)
-    optimizer.step()
-    return Step(distributed.all_reduce_sum(total_T), count_T, size_2)
-
-
-def distribute(losses: nn.Module) -> nn.Module:
-    """Under DDP where there is a process group. No buffer changes in training: none is sent around at every step."""
-    return DistributedDataParallel(losses, forward_sync_buffers=False) if distributed.is_distributed() else losses
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019); no decay on biases, norms and learned task weights."""
-    decay = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then constant or a cosine to zero over all configured epochs."""
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "constant":
-            return 1.0
-        share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
 class Training:
     """Everything that changes while training: what a checkpoint holds."""
 
     def __init__(self, config: RunConfig, model: Recommender, steps_per_epoch: int, device: torch.device) -> None:
         train = config.train
-        balancer = build_balancer(config.balancing, [t.weight for t in config.tasks.values()])
-        self.losses = _Losses(model, balancer).to(device)
+        self.losses = build_losses(config, model).to(device)
+        self.precision = working_precision(train, device)
         self.model = model
         self.optimizer = build_optimizer(self.losses, train)
         self.scheduler = build_scheduler(self.optimizer, train, train.epochs * steps_per_epoch)
@@ -151,6 +72,8 @@ class Training:
         self.average = AveragedModel(model, multi_avg_fn=ema) if ema else None
         model.text_NE = text_NE
         self.share_text()
+        if train.compile:
+            model.trunk.compile(dynamic=True)
         self.progress = Progress()
         self.best_state: dict[str, Tensor] = {}
 
@@ -231,7 +154,7 @@ def fit(
                 if micro is None:
                     break
                 torch.manual_seed(_step_seed(config.seed, progress.global_step, rank))
-                step = train_step(wrapped, model, run.optimizer, [b.to(device) for b in micro], train.clip_norm)
+                step = train_step(wrapped, run.optimizer, [b.to(device) for b in micro], train.clip_norm, run.precision)
             finite.note(progress.step, step.loss_sum_T)
             sums.add(step.loss_sum_T, step.count_T, step.size_2)
             run.scheduler.step()
@@ -250,8 +173,11 @@ def fit(
         if sums.windows != feed.windows:
             raise TrainingStopped(f"epoch {epoch}: the feed has {feed.windows} windows, but {sums.windows} were trained. {kept()}")
         mean_loss_T, balancer = sums.mean_loss_T, run.losses.balancer
+        balancer.end_epoch(torch.tensor(mean_loss_T))
         scalars = {f"train/{n}/loss": v for n, v in zip(names, mean_loss_T, strict=True)}
-        scalars |= {f"lambda/{n}": v for n, v in zip(names, balancer.current().tolist(), strict=True)}  # type: ignore[operator]
+        scalars |= {f"lambda/{n}": v for n, v in zip(names, balancer.current().tolist(), strict=True)}
+        if run.losses.record is not None:
+            scalars |= run.losses.record.scalars(names)
         scalars |= {"train/seconds": trained, "train/windows": sums.windows, "train/targets": sums.targets,
                     "train/windows_dropped": feed.windows - sums.windows, "train/steps": progress.step,
                     "train/learning_rate": float(run.scheduler.get_last_lr()[0])}  # fmt: skip
@@ -261,7 +187,9 @@ def fit(
             run.kept.to(device)  # evaluation moves it to the CPU
             run.share_text()
             scalars |= {f"valid/{t}/{m}": v for t, ms in valid.items() for m, v in ms.items()}
-            value = _monitored(valid, train.monitor)
+            value = monitored(valid, train)
+            if train.reference:
+                scalars["valid/gain"] = relative_gain(valid, train.reference)
             if value > progress.best_value:
                 progress.best_value, progress.best_epoch, progress.bad_epochs = value, epoch, 0
                 run.best_state = {k: v.detach().cpu().clone() for k, v in run.kept.state_dict().items()}
@@ -276,15 +204,32 @@ def fit(
                   progress.total_seconds, progress.events)  # fmt: skip
 
 
-def _monitored(valid: Metrics, monitor: str) -> float:
-    """The monitored value, negated where lower is better."""
-    task, _, metric = monitor.partition("/")
+def monitored(valid: Metrics, train: TrainConfig) -> float:
+    """What selects the best checkpoint; more is better. Raises ValueError for what was not measured."""
+    if train.monitor == GAIN:
+        return relative_gain(valid, train.reference)
+    value, sign = _measured(valid, train.monitor, "train.monitor")
+    return sign * value
+
+
+def relative_gain(valid: Metrics, reference: dict[str, float]) -> float:
+    """Mean of ± (value - reference) / |reference| over the reference's metrics, + where more is better (the Δm of Maninis et
+    al. 2019, arXiv 1904.08918). Raises ValueError for what was not measured."""
+    gains = []
+    for name, base in reference.items():
+        value, sign = _measured(valid, name, f"train.reference.{name}")
+        gains.append(sign * (value - base) / abs(base))
+    return sum(gains) / len(gains)
+
+
+def _measured(valid: Metrics, name: str, key: str) -> tuple[float, int]:
+    """(value of task/metric, 1 where more is better or -1)."""
+    task, _, metric = name.partition("/")
     try:
-        value = valid[task][metric]
+        return valid[task][metric], -1 if metric in LOWER_IS_BETTER else 1
     except KeyError:
         have = sorted(f"{t}/{m}" for t, ms in valid.items() for m in ms)
-        raise ValueError(f"train.monitor: {monitor!r} was not measured on valid; there is {have}") from None
-    return -value if metric in LOWER_IS_BETTER else value
+        raise ValueError(f"{key}: {name!r} was not measured on valid; there is {have}") from None
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -293,10 +238,9 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 def _progress(epoch: int, train: TrainConfig, scalars: dict[str, float], best_epoch: int, best_value: float) -> None:
     shown = " ".join(f"{n.split('/')[1]}={v:.4f}" for n, v in scalars.items() if n.startswith("train/") and n.endswith("/loss"))
-    monitored = scalars.get(f"valid/{train.monitor}")
-    valid = (
-        "" if monitored is None else f" | valid {train.monitor} {monitored:.4f} (best {abs(best_value):.4f} at {best_epoch + 1})"
-    )
+    value = scalars.get(f"valid/{train.monitor}")
+    best = best_value if train.monitor == GAIN else abs(best_value)
+    valid = "" if value is None else f" | valid {train.monitor} {value:.4f} (best {best:.4f} at {best_epoch + 1})"
     log.info("epoch %d/%d %.1fs | %s%s", epoch + 1, train.epochs, scalars["train/seconds"], shown, valid)
 
 

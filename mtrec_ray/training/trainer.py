@@ -26,7 +26,7 @@ from mtrec_ray.training import distributed
 from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.guard import TrainingStopped
 from mtrec_ray.training.stream import Tables
-from mtrec_ray.training.worker import run_identity, run_worker, training_fingerprint
+from mtrec_ray.training.worker import check_machine, run_identity, run_worker, training_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,7 @@ def train(config: RunConfig, data: storage.Directory, text: storage.Directory | 
     if directory.is_published(inputs):
         log.info("train: reused %s", directory.root)
         return directory
+    check_machine(config)
     prefix = directory.begin(inputs)
     root = storage.absolute(root)
     ray_storage, kept = storage.join(root, "_ray"), storage.join(root, "_checkpoints")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mtrec_ray import storage
+from mtrec_ray.balancing import build_balancer
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.encoders.cache import load_text_vectors
@@ -47,10 +49,24 @@ def mapped_windows(data_prefix: str, split: str) -> WindowCache:
     return WindowCache.open(folder)
 
 
+def check_machine(config: RunConfig) -> None:
+    """Raises RuntimeError for what the configuration needs and this machine lacks, before anything starts."""
+    build_balancer(config.balancing, [t.weight for t in config.tasks.values()])
+    if config.train.compile and not config.train.use_gpu and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise RuntimeError("train.compile: there is no C++ compiler here (g++, clang++); install one, or set it to false")
+
+
 def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | None) -> Recommender:
     """The model with weights that depend on the seed alone."""
     torch.manual_seed(config.seed)
     return Recommender(config, schema, text_NE)
+
+
+def tell_items(model: Recommender, catalogue: pa.Table) -> None:
+    """What a fresh model must know of the items before it is trained."""
+    model.read_catalogue(catalogue)
+    known = catalogue.slice(0, model.schema.n_train_items)
+    model.fit_items(hash_ids(known["item_id"]), torch.from_numpy(known["count"].to_numpy().astype(np.float64)))
 
 
 def training_fingerprint(config: RunConfig, data: storage.Directory, text: storage.Directory | None) -> str:
@@ -138,9 +154,10 @@ def run_worker(
     valid = mapped_windows(data_prefix, "valid")
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
-    model.item_tower.residual.name_items(hash_ids(catalogue["item_id"].slice(0, schema.n_train_items)))
-    model.read_catalogue(catalogue, (*config.evaluation.profile_folds_test, config.evaluation.profile_fold_valid))
+    tell_items(model, catalogue)
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # tensor cores for what stays float32
     return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, checkpoints, device)
 
 
@@ -154,10 +171,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
-
     config = load_config(args.config, args.overrides)
+    check_machine(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if config.train.use_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if config.train.use_gpu else "gloo")
+
     data, text = storage.Directory(args.data), None if args.text is None else storage.Directory(args.text)
     checkpoints = Checkpoints(args.out, run_identity(config, data, text))
     run_worker(config, data.prefix, None if text is None else text.prefix, lambda *_: None, checkpoints)

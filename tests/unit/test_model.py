@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mtrec_ray import storage
+from mtrec_ray.config import TrainConfig
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.models.item_tower import IdResiduals, ItemTower
 from mtrec_ray.models.recommender import Recommender
@@ -60,7 +61,7 @@ def test_a_users_first_event_is_trained_from_the_start_token(model: Recommender,
     if not batch.targets.positive_M.any():
         batch.targets.positive_M[0] = True
     model.zero_grad()
-    model(batch)[0].backward()
+    model(batch)[0][0].backward()
     assert model.trunk.start.grad is not None and model.trunk.start.grad.abs().sum() > 0
 
 
@@ -143,10 +144,21 @@ def test_tokens_change_with_every_part_of_an_event(model: Recommender, cache: Wi
 
 
 def test_the_best_checkpoint_has_the_smallest_error_and_the_largest_gain() -> None:
-    from mtrec_ray.training.loop import _monitored
+    from mtrec_ray.training.loop import monitored
 
     good = {"like": {"auc": 0.9, "ece": 0.1, "normalised_entropy": 0.5, "logloss": 0.3}, "rating": {"rmse": 1.0, "mae": 0.8}}
     bad = {"like": {"auc": 0.8, "ece": 0.2, "normalised_entropy": 0.6, "logloss": 0.4}, "rating": {"rmse": 1.1, "mae": 0.9}}
     for task, metrics in good.items():
         for metric in metrics:
-            assert _monitored(good, f"{task}/{metric}") > _monitored(bad, f"{task}/{metric}"), metric
+            train = TrainConfig(monitor=f"{task}/{metric}")
+            assert monitored(good, train) > monitored(bad, train), metric
+
+
+def test_the_relative_gain_counts_errors_downwards_and_says_what_was_not_measured() -> None:
+    from mtrec_ray.training.loop import monitored
+
+    train = TrainConfig(monitor="gain", reference={"like/auc": 0.8, "rating/rmse": 1.0})
+    assert monitored({"like": {"auc": 0.84}, "rating": {"rmse": 0.9}}, train) == pytest.approx((0.05 + 0.1) / 2)
+    assert monitored({"like": {"auc": 0.8}, "rating": {"rmse": 1.2}}, train) == pytest.approx(-0.1)
+    with pytest.raises(ValueError, match=r"train\.reference\.rating/rmse: .* there is \['like/auc'\]"):
+        monitored({"like": {"auc": 0.84}}, train)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mtrec_ray.config import BinaryTask
 from mtrec_ray.models.batch import Batch, HistoryBatch, TargetBatch
 from mtrec_ray.schema import LabelStats
 from mtrec_ray.tasks import Binary, Forward, Profile, Regression, Retrieval, Similarity
@@ -80,7 +81,10 @@ def test_a_missing_label_is_masked_not_zero() -> None:
     shared = torch.randn(3, 4)
     batch = make_batch([0, 1, 2], [0, 1, 2], [True] * 3, [1.0, NAN, 0.0])
     keep = make_batch([0, 2], [0, 2], [True] * 2, [1.0, 0.0])
-    for task in (Binary("t", "y", 4), Regression("t", "y", LabelStats(count=3, mean=2.0, std=0.5), 4)):
+    for task in (
+        Binary("t", BinaryTask(kind="binary", label="y"), 4),
+        Regression("t", "y", LabelStats(count=3, mean=2.0, std=0.5), 4),
+    ):
         assert int(task.count(batch)) == 2
         whole = task.loss_sum(make_forward(shared), batch)
         torch.testing.assert_close(whole, task.loss_sum(make_forward(shared[[0, 2]]), keep))
@@ -98,7 +102,7 @@ def test_regression_predicts_in_the_labels_units_and_final_is_standardised() -> 
 
 
 def test_binary_loss_by_hand_and_final_is_the_logit() -> None:
-    task = Binary("t", "y", 1)
+    task = Binary("t", BinaryTask(kind="binary", label="y"), 1)
     torch.nn.init.ones_(task.head.weight)
     torch.nn.init.zeros_(task.head.bias)
     batch = make_batch([0, 1], [0, 1], [True, True], [1.0, 0.0])
@@ -175,7 +179,7 @@ def test_every_task_takes_a_batch_without_its_labels() -> None:
     stats = LabelStats(count=1, mean=0.0, std=1.0)
     tasks = [
         Retrieval("r", 2, exclude_seen=False),
-        Binary("t", "y", 4),
+        Binary("t", BinaryTask(kind="binary", label="y"), 4),
         Regression("t", "y", stats, 4),
         Similarity("s", 2, 0.1),
         Profile("p", "taste", ("a", "b"), 2, 3),

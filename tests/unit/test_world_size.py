@@ -14,11 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mtrec_ray import storage
-from mtrec_ray.balancing.weights import build_balancer
+from mtrec_ray.balancing import build_balancer
 from mtrec_ray.config import RunConfig
 from mtrec_ray.training import distributed
 from mtrec_ray.training.feed import WindowCache
-from mtrec_ray.training.loop import Training, _Losses, build_optimizer, distribute, train_step
+from mtrec_ray.training.loop import Training
+from mtrec_ray.training.step import build_losses, build_optimizer, distribute, train_step
 from mtrec_ray.training.worker import build_feed, build_model, load_schema
 from tests import tiny
 from tests.conftest import TinyRun
@@ -40,7 +41,7 @@ def updated(config: RunConfig, prefix: str, rank: int, world: int, only_last_rat
     )
     model.train()
     feed = build_feed(config, schema, cache, rank, world)
-    losses: Any = _Losses(model, build_balancer(config.balancing, [t.weight for t in config.tasks.values()]))
+    losses: Any = build_losses(config, model)
     optimizer = torch.optim.SGD(losses.parameters(), lr=0.1)
     wrapped = distribute(losses)
     missing = False
@@ -49,48 +50,76 @@ def updated(config: RunConfig, prefix: str, rank: int, world: int, only_last_rat
             break
         labels = torch.cat([b.targets.labels_M["rating"] for b in micro])
         missing |= bool(torch.isnan(labels).all())
-        train_step(wrapped, model, optimizer, micro)
+        train_step(wrapped, optimizer, micro)
     if only_last_rated and world > 1:
         some = distributed.gather_objects(missing)
         assert any(some), "the test wants a rank without labels"
     return {k: v.detach().clone() for k, v in losses.state_dict().items()}
 
 
-def _rank(rank: int, world: int, port: int, config_json: str, prefix: str, only_last_rated: bool, out: str) -> None:
+def _rank(rank: int, world: int, port: int, configs: list[str], prefix: str, only_last_rated: list[bool], out: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    state = updated(RunConfig.model_validate_json(config_json), prefix, rank, world, only_last_rated)
-    torch.save(state, f"{out}/{world}-{rank}.pt")
+    pairs = zip(configs, only_last_rated, strict=True)
+    states = [updated(RunConfig.model_validate_json(c), prefix, rank, world, m) for c, m in pairs]
+    torch.save(states, f"{out}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_ranks(world: int, config: RunConfig, prefix: str, only_last_rated: bool, out: Path) -> list[dict[str, torch.Tensor]]:
+def run_ranks(
+    world: int, configs: list[RunConfig], prefix: str, only_last_rated: list[bool], out: Path
+) -> list[list[dict[str, torch.Tensor]]]:
+    """Weights of every rank, of every configuration."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, (world, port, config.model_dump_json(), prefix, only_last_rated, str(out)), nprocs=world)
+    mp.spawn(_rank, (world, port, [c.model_dump_json() for c in configs], prefix, only_last_rated, str(out)), nprocs=world)
     return [torch.load(out / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("balancer", "only_last_rated", "accumulate"), [("static", False, 1), ("uncertainty", True, 2)])
-def test_one_two_and_three_workers_make_the_same_update(
-    tiny_run: TinyRun, tmp_path: Path, balancer: str, only_last_rated: bool, accumulate: int
-) -> None:
+GRAMIAN = ("mgda", "pcgrad", "cagrad", "aligned_mtl", "imtl_g", "upgrad", "nash_mtl")
+
+
+def changed(balancer: str, accumulate: int = 1, **model: Any) -> Any:
     def change(raw: dict[str, Any]) -> None:
         raw["balancing"] = {"kind": balancer}
         raw["train"] |= {"batch_windows": 10, "accumulate": accumulate}
+        raw["model"] |= model
 
-    config = tiny.make_config(tiny_run.folder, change)
-    alone = updated(config, tiny_run.data.prefix, 0, 1, only_last_rated)
-    fresh = build_model(config, load_schema(tiny_run.data.prefix), torch.zeros(21, 6)).state_dict()
-    assert any(not torch.equal(alone[f"model.{k}"], v) for k, v in fresh.items())
+    return change
+
+
+CASES = [
+    ("static", False, 1, {}),
+    ("uncertainty", True, 2, {}),
+    ("famo", True, 1, {}),
+    *((kind, True, 1, {}) for kind in GRAMIAN),
+    ("upgrad", True, 2, {}),
+    ("upgrad", True, 1, {"sharing": "mmoe"}),
+    ("nash_mtl", True, 1, {"sharing": "ple"}),
+    ("pcgrad", True, 2, {"sharing": "ple"}),
+    ("static", True, 1, {"sharing": "pepnet", "trunk": "hstu"}),
+    ("mgda", True, 1, {"sharing": "cgc", "trunk": "ligr"}),
+]
+
+
+@pytest.mark.slow
+def test_one_two_and_three_workers_make_the_same_update(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """For every balancer, with a rank that has no label of a task; λ is among what is compared."""
+    configs = [tiny.make_config(tiny_run.folder, changed(b, a, **m)) for b, _, a, m in CASES]
+    prefix, missing = tiny_run.data.prefix, [m for _, m, _, _ in CASES]
+    alone = [updated(c, prefix, 0, 1, m) for c, m in zip(configs, missing, strict=True)]
+    fresh = build_model(configs[0], load_schema(prefix), torch.zeros(21, 6)).state_dict()
+    for state in alone:
+        assert any(not torch.equal(state[f"model.{k}"], v) for k, v in fresh.items())
     for world in (2, 3):
-        for state in run_ranks(world, config, tiny_run.data.prefix, only_last_rated, tmp_path):
-            for name, value in alone.items():
-                torch.testing.assert_close(
-                    state[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name, w=world: f"{w} ranks, {n}: {m}"
-                )
+        for states in run_ranks(world, configs, prefix, missing, tmp_path):
+            for case, wanted, state in zip(CASES, alone, states, strict=True):
+                for name, value in wanted.items():
+                    torch.testing.assert_close(
+                        state[name], value, rtol=1e-5, atol=1e-5 if "balancer" in name else 1e-6,
+                        msg=lambda m, n=name, w=world, c=case: f"{c}, {w} ranks, {n}: {m}",
+                    )  # fmt: skip
 
 
 def test_accumulation_makes_the_same_update_as_one_batch(tiny_run: TinyRun) -> None:
@@ -114,14 +143,14 @@ def test_no_buffer_is_sent_around_in_a_step(tiny_run: TinyRun, monkeypatch: pyte
     """The text vectors of the whole catalogue are one."""
     config, schema = tiny_run.config, load_schema(tiny_run.data.prefix)
     cache = WindowCache.from_table(storage.read_table(storage.join(tiny_run.data.prefix, "windows", "train")))
-    losses: Any = _Losses(with_text(config, tiny_run.data.prefix), build_balancer(config.balancing, [1.0] * len(config.tasks)))
+    losses: Any = build_losses(config, with_text(config, tiny_run.data.prefix))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         wrapped: Any = distribute(losses)
         assert wrapped.modules_buffers
         monkeypatch.setattr(type(wrapped), "_sync_buffers", lambda self: pytest.fail("buffers are sent around"))
         micro = next(iter(build_feed(config, schema, cache, 0, 1).epoch(0)))
-        train_step(wrapped, losses.model, build_optimizer(losses, config.train), micro)
+        train_step(wrapped, build_optimizer(losses, config.train), micro)
     finally:
         dist.destroy_process_group()
 

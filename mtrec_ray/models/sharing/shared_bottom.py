@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from mtrec_ray.config import ModelConfig
-from mtrec_ray.models.sharing.base import Sharing
+from mtrec_ray.models.sharing.base import Inputs, Sharing
 
 
 class SharedBottom(Sharing):
-    """h = MLP([state, item, state · item, context]), the same for every task."""
+    """h = MLP(x), the same for every task."""
 
     def __init__(self, config: ModelConfig, tasks: Sequence[str], context_width: int) -> None:
         super().__init__(config, tasks, context_width)
-        self.tasks = tuple(tasks)
         self.layers = nn.Sequential(
             nn.Linear(3 * config.width + context_width, config.sharing_width),
             nn.GELU(),
@@ -26,5 +24,9 @@ class SharedBottom(Sharing):
         )
 
     def forward(self, state: Tensor, item: Tensor, context: Tensor) -> dict[str, Tensor]:
-        shared = self.layers(torch.cat([state, item, state * item, context], dim=-1))
+        first, *rest = self.layers
+        assert isinstance(first, nn.Linear)
+        shared = Inputs(state, item, context).linear(first)
+        for layer in rest:
+            shared = layer(shared)
         return dict.fromkeys(self.tasks, shared)
