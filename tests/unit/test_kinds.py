@@ -31,6 +31,7 @@ from mtrec_ray.tasks.regression import Regression, two_hot
 from mtrec_ray.training.feed import WindowCache, collate
 from mtrec_ray.training.worker import build_model, load_schema
 from tests import tiny
+from tests.unit import test_append
 
 
 def every_kind(raw: dict[str, Any]) -> None:
@@ -394,3 +395,23 @@ def test_a_label_that_no_training_event_has_is_refused_with_the_tasks_that_read_
     tiny.prepare_locally(tiny.make_config(tmp_path, only_click), tmp_path / "data")
     with pytest.raises(DataError, match="no training event has the label 'rating'"):  # the data are there, for other tasks
         tiny.prepare_locally(config, tmp_path / "data")
+
+
+def test_days_appended_have_the_item_features_of_preparing_everything_at_once(tmp_path: Path) -> None:
+    files = test_append.write_days(tmp_path, 3)
+    write_items(tmp_path, 20)
+    config = tiny.make_config(tmp_path, lambda raw: (every_kind(raw), raw["data"].update(max_bad_share=0.5))[0])
+    at_once = tiny.prepare_locally(config, tmp_path / "once")
+    last = files[2].read_bytes()
+    files[2].unlink()
+    tiny.prepare_locally(config, tmp_path / "grown")
+    files[2].write_bytes(last)
+    grown = test_append.append(config, tmp_path / "grown")
+
+    def told(data: storage.Directory) -> list[dict[str, Any]]:
+        columns = ["item_id", "feature_genre", "feature_tags"]
+        return sorted(storage.read_table(data.path("catalogue.parquet"), columns).to_pylist(), key=lambda row: row["item_id"])
+
+    assert grown.manifest["generation"] == 1 and told(grown) == told(at_once)
+    assert load_schema(grown.prefix).item_features == load_schema(at_once.prefix).item_features
+    assert told(grown)[-1] == {"item_id": "new", "feature_genre": 2, "feature_tags": [1, 2]}  # "strange" is no training item's
