@@ -36,7 +36,7 @@ from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.feed import WindowCache
 from mtrec_ray.training.worker import build_model, load_schema, mapped_windows, run_identity, run_worker
 
-CONFIG, ROOT, EPOCHS = "jobs/configs/ml100k.yaml", Path("runs/bench/profiles"), 30
+CONFIG, ROOT, EPOCHS = "jobs/configs/ml100k.yaml", Path("runs/bench/profiles"), 12
 TASKS = ("gender", "age_group", "occupation")
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 TARGET = "gender AUC and age macro-F1 not below tf-idf logistic regression by more than 0.01"
@@ -128,7 +128,7 @@ def main() -> int:
     data, text = (storage.Directory(str(ROOT / n)) for n in ("data", "text"))
     parts: list[Told] = []
     for hashing in range(5):
-        kept = ROOT / f"told-{hashing}-{data.manifest['inputs'][:12]}.npz"
+        kept = ROOT / f"told-{hashing}-{EPOCHS}-{data.manifest['inputs'][:12]}.npz"
         if not kept.exists():
             told: dict[str, Any] = tell(hashing, data, text)
             np.savez_compressed(kept.with_suffix(".draft.npz"), **told)
