@@ -57,7 +57,7 @@ NEVER = {
 NOT_SEARCHED = {
     f"train.{n}": JUDGED + "; put it under fixed" for n in ("epochs", "patience", "monitor", "reference", "evaluate_every")
 }
-TASK_MEANING = {"kind", "label", "attribute", "positive"}
+TASK_MEANING = {"kind", "label", "labels", "attribute", "interest", "column", "positive"}
 
 
 class Distribution(Model):
