@@ -36,7 +36,7 @@ def main() -> int:
         for trunk in TRUNKS:
             overrides = {"model.trunk": trunk, "tasks.retrieval.loss": loss, "train.epochs": 10_000, "train.patience": 10_000}
             overrides |= {f"tasks.retrieval.{k}": v for k, v in settings.items()}
-            points, _ = train_for(retrieval_alone(overrides), run, True, args.seconds, args.seconds / 4)
+            points = train_for(retrieval_alone(overrides), run, True, args.seconds, args.seconds / 4)
             cells[f"{trunk}/{loss}"] = {"ndcg@10": max(p["ndcg@10"] for p in points), "points": points, **settings}
             print(f"{trunk}/{loss}: {cells[f'{trunk}/{loss}']}", file=sys.stderr, flush=True)
     best = max(cells, key=lambda name: cells[name]["ndcg@10"])
