@@ -67,7 +67,7 @@ def train_for(
             spent, wall, epochs = spent + time.process_time() - begun[0], wall + time.perf_counter() - begun[1], epochs + 1
         if epochs and (spent >= due or spent >= seconds):
             due += every * (1 + (spent - due) // every)
-            point = {"seconds": spent, "wall": wall, "epochs": epochs, "targets": epochs * per_epoch}
+            point: dict[str, Any] = {"seconds": spent, "wall": wall, "epochs": epochs, "targets": epochs * per_epoch}
             if models:
                 point["model"] = copy.deepcopy(kept)
             elif not warm_up:

@@ -126,8 +126,15 @@ def child(system: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if system == "ours":
         command = [sys.executable, "-m", "benchmarks.vs_sasrec", "--child", json.dumps(settings)]
     else:
-        command = [environment(system), str(PEERS / f"{system}_sasrec.py"), json.dumps(settings)]
-    done = subprocess.run(command, env=os.environ | one, capture_output=True, text=True, check=False)
+        command = [str(Path(environment(system)).absolute()), str(PEERS.absolute() / f"{system}_sasrec.py"), json.dumps(settings)]
+    done = subprocess.run(
+        command,
+        env=os.environ | one,
+        cwd=None if system == "ours" else settings["folder"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{system} failed:\n{done.stderr[-3000:]}")
     return [json.loads(line.removeprefix("POINT ")) for line in done.stdout.splitlines() if line.startswith("POINT ")]
@@ -213,7 +220,7 @@ def main() -> int:
     rate = {name: median(r["processor"]) for name, r in found.items()}
     wall = {name: median(r["wall"]) for name, r in found.items()}
     value = rate["ours"] / rate["rectools"]
-    detail = {
+    detail: dict[str, Any] = {
         "settings": SAME, "batch": {"ours": 32, **BATCH}, "rounds": found, "median_targets_per_second": rate, "curves": curves,
         "ratio": {
             "rectools": value, "recbole": rate["ours"] / rate["recbole"], "rectools by the wall": wall["ours"] / wall["rectools"],
