@@ -21,12 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtrec_ray import item_features
 from mtrec_ray.config import RunConfig
 from mtrec_ray.features import dense
 from mtrec_ray.models.batch import HistoryBatch, collate_history, feature_tensor
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, mask_items, top_k
 from mtrec_ray.schema import LogSchema
+from mtrec_ray.tasks.wide import Bags
 
 IntArray = NDArray[np.int64]
 NO_HISTORY = "no_history"
@@ -82,7 +84,14 @@ class EncodedHistories:
     batch: HistoryBatch
     seen: list[IntArray]
     """Catalogue positions that may not be recommended (empty unless exclude_seen)."""
+    visible: list[IntArray]
+    """Distinct catalogue positions of all events that the histories hold, those before the window too; what profiles read."""
     degraded: list[list[str]]
+
+    @classmethod
+    def of(cls, batch: HistoryBatch, visible: list[IntArray], degraded: list[list[str]], exclude_seen: bool) -> EncodedHistories:
+        nothing = [np.zeros(0, np.int64)] * len(visible)
+        return cls(batch, visible if exclude_seen else nothing, visible, degraded)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,10 @@ class Predictor:
         self.config, self.schema, self.fingerprint = config, schema, fingerprint
         self.device = torch.device(device)
         self.model = model.eval()
+        evaluation = config.evaluation
+        model.read_catalogue(catalogue, (*evaluation.profile_folds_test, evaluation.profile_fold_valid))
+        self.item_codes = {spec.name: item_features.codes(catalogue, spec.name) for spec in schema.item_features}
+        """Item feature -> (N, longest) numbers of its vocabulary."""
         self.item_ids: list[str] = catalogue["item_id"].to_pylist()
         self.titles: list[str] = catalogue["title"].to_pylist()
         self.position = {item_id: i for i, item_id in enumerate(self.item_ids)}
@@ -161,7 +174,7 @@ class Predictor:
         actions: dict[str, list[NDArray[np.float32]]] = {a.name: [] for a in self.schema.actions}
         features = self.schema.history_features
         context: dict[str, list[Any]] = {spec.name: [] for spec in features}
-        seen, degraded = [], []
+        visible, degraded = [], []
         for history in histories:
             position = np.array([self.position.get(i, NONE) for i in history.item_ids], dtype=np.int64)
             known = np.flatnonzero(position != NONE)
@@ -177,11 +190,8 @@ class Predictor:
             for spec in features:
                 raw = history.context.get(spec.name) or [None] * len(position)
                 context[spec.name].extend(raw[i] for i in shown)
-            if self.schema.exclude_seen:
-                older = np.array([self.position.get(i, NONE) for i in history.seen_item_ids], dtype=np.int64)
-                seen.append(np.unique(np.concatenate([position[known], older[older != NONE]])))
-            else:
-                seen.append(np.zeros(0, np.int64))
+            older = np.array([self.position.get(i, NONE) for i in history.seen_item_ids], dtype=np.int64)
+            visible.append(np.unique(np.concatenate([position[known], older[older != NONE]])))
             degraded.append(marks if len(shown) else [*marks, NO_HISTORY])
         batch = collate_history(
             np.concatenate(items) if items else np.zeros(0, np.int64),
@@ -191,7 +201,7 @@ class Predictor:
             {spec.name: dense(spec.encode(context[spec.name])) for spec in features},
             self.schema.session_gap_ms,
         )
-        return EncodedHistories(batch, seen, degraded)
+        return EncodedHistories.of(batch, visible, degraded, self.schema.exclude_seen)
 
     def encode_context(self, contexts: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Request contexts -> encoded features, one entry per request. Raises FeatureError."""
@@ -235,6 +245,17 @@ class Predictor:
         item_vec = self.item_vec_ND[item_BK.clamp(min=0)]
         context_B = context_B | {n: v.expand(len(item_BK), *v.shape[1:]) for n, v in self.fixed.items()}
         return self.model.predict(self.model.share(state_BD[:, None, :], item_vec, context_B))
+
+    @torch.no_grad()
+    def distributions(self, state_BD: Tensor, item_BK: Tensor, context_B: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What pointwise tasks of several numbers say in full, as their judges read it -> name: (B, K, C)."""
+        tasks = {n: t for n, t in self.model.pointwise.items() if t.several_numbers}
+        if not tasks:
+            return {}
+        B, K = item_BK.shape
+        context_B = context_B | {n: v.expand(B, *v.shape[1:]) for n, v in self.fixed.items()}
+        shared = self.model.share(state_BD[:, None, :].expand(B, K, -1), self.item_vec_ND[item_BK.clamp(min=0)], context_B)
+        return {name: task.distribution(shared[name]) for name, task in tasks.items()}
 
     def finalise(self, candidates: Candidates, predictions: dict[str, Tensor], k: int) -> Ranked:
         """The final order: Σ w·g over the candidates, ties by catalogue position; cut to k.
@@ -343,21 +364,35 @@ class Predictor:
         return self.similar_vec_ND[torch.from_numpy(item_B)] @ self.similar_vec_ND.T
 
     def profile(self, history: History) -> dict[str, Any]:
-        """{"profile": {attribute: {value: probability}}, "degraded"}."""
+        """{"profile": {attribute or column of interest: {value: probability}}, "degraded"}."""
         encoded = self.encode_histories([history])
-        return {"profile": self.profile_of(self.encode_state(encoded.batch))[0], "degraded": encoded.degraded[0]}
+        found = self.profile_of(self.encode_state(encoded.batch), encoded.visible)[0]
+        return {"profile": found, "degraded": encoded.degraded[0]}
 
-    def profile_of(self, state_BD: Tensor) -> list[dict[str, dict[str, float]]]:
-        probability = self.profile_probabilities(state_BD)
+    def profile_of(self, state_BD: Tensor, visible: Sequence[IntArray]) -> list[dict[str, dict[str, float]]]:
+        probability = self.profile_probabilities(state_BD, visible)
         return [
             {
-                task.attribute: dict(zip(task.classes, probability[name][row].tolist(), strict=True))
+                task.key: dict(zip(task.classes, probability[name][row].tolist(), strict=True))
                 for name, task in self.model.profiles.items()
             }
             for row in range(len(state_BD))
         ]
 
     @torch.no_grad()
-    def profile_probabilities(self, state_BD: Tensor) -> dict[str, Tensor]:
-        """Task name -> probability per class, (B, classes)."""
-        return {name: torch.softmax(task.logits(state_BD), dim=-1) for name, task in self.model.profiles.items()}
+    def profile_probabilities(self, state_BD: Tensor, visible: Sequence[IntArray]) -> dict[str, Tensor]:
+        """Task name -> probability per class, (B, classes). visible: of EncodedHistories."""
+        bags = Bags.of_lists(visible)
+        return {name: torch.softmax(task.logits(state_BD, bags), dim=-1) for name, task in self.model.profiles.items()}
+
+    @torch.no_grad()
+    def item_probabilities(self) -> dict[str, Tensor]:
+        """Task that tells something of items -> probability per class, (N, classes)."""
+        return {name: task.item_probabilities(self.item_vec_ND) for name, task in self.model.item_tasks.items()}
+
+    @torch.no_grad()
+    def item_attributes(self, item_id: str) -> dict[str, dict[str, float]]:
+        """{column: {value: probability}} of one item, from its vector. Raises UnknownItemError."""
+        vec_1D = self.item_vec_ND[torch.from_numpy(self.items([item_id]))]
+        found = {t.column: (t.classes, t.item_probabilities(vec_1D)[0].tolist()) for t in self.model.item_tasks.values()}
+        return {column: dict(zip(classes, values, strict=True)) for column, (classes, values) in found.items()}

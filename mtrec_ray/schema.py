@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mtrec_ray.features import FeatureSpec, InputSpec, KeptSpec
+from mtrec_ray.features import CategoricalSpec, FeatureSpec, InputSpec, KeptSpec, MultihotSpec
 
 Protocol = Literal["time", "leave_one_out", "user_holdout", "item_holdout", "random"]
 """How a log is divided into train, valid and test (docs/evaluation.md)."""
@@ -36,6 +36,8 @@ class LabelStats(_Model):
     count: int
     mean: float
     std: float
+    values: tuple[float, ...] | None = None
+    """The values that the configuration lists."""
 
 
 class AttributeSpec(_Model):
@@ -59,6 +61,8 @@ class LogSchema(_Model):
     session_gap_minutes: float | None = None
     """A longer gap begins a session; None: events do not know their sessions."""
     attributes: tuple[AttributeSpec, ...] = ()
+    item_features: tuple[CategoricalSpec | MultihotSpec, ...] = ()
+    """Categories of items: vocabularies of the training catalogue."""
     sensitive: tuple[str, ...] = ()
     """Names whose values are shown to nobody."""
     pseudonym_key: str | None = None

@@ -8,7 +8,18 @@ from mtrec_ray.config.data import AttributeConfig, DataConfig, ItemTextConfig, L
 from mtrec_ray.config.load import ConfigError, load_config, parse_config
 from mtrec_ray.config.model import ModelConfig
 from mtrec_ray.config.run import EncoderConfig, EvaluationConfig, NoRetrievalError, RankingConfig, RunConfig, ScoringConfig
-from mtrec_ray.config.tasks import BaseTask, BinaryTask, ProfileTask, RegressionTask, RetrievalTask, SimilarityTask, TaskConfig
+from mtrec_ray.config.tasks import (
+    BaseTask,
+    BinaryTask,
+    ItemAttributeTask,
+    MulticlassTask,
+    MultilabelTask,
+    ProfileTask,
+    RegressionTask,
+    RetrievalTask,
+    SimilarityTask,
+    TaskConfig,
+)
 from mtrec_ray.config.train import GAIN, BalancingConfig, TrainConfig
 
 __all__ = [
@@ -21,9 +32,12 @@ __all__ = [
     "DataConfig",
     "EncoderConfig",
     "EvaluationConfig",
+    "ItemAttributeTask",
     "ItemTextConfig",
     "LabelConfig",
     "ModelConfig",
+    "MulticlassTask",
+    "MultilabelTask",
     "NoRetrievalError",
     "ProfileTask",
     "PseudonymConfig",

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mtrec_ray.config.base import Int, Model
-from mtrec_ray.config.features import Features
+from mtrec_ray.config.features import Features, ItemFeatureConfig
 from mtrec_ray.config.long import LongConfig
 from mtrec_ray.expressions import Expression, ExpressionError
 from mtrec_ray.schema import Protocol
@@ -102,6 +102,11 @@ class ItemTextConfig(Model):
     columns: tuple[str, ...] = ()
     """Further columns kept in the catalogue and shown to people."""
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Columns that the template reads."""
+        return tuple(f for _, f, _, _ in string.Formatter().parse(self.template) if f)
+
     @model_validator(mode="after")
     def _check(self) -> ItemTextConfig:
         try:
@@ -155,6 +160,9 @@ class DataConfig(Model):
     """Attributes of users, for profile tasks."""
     text: ItemTextConfig | None = None
     """How items become text. Without it items are ids only."""
+    item_features: dict[str, ItemFeatureConfig] = Field(default_factory=dict)
+    """Columns of the items table that are categories, for tasks of kind item_attribute and for interests (docs/tasks.md).
+    The model does not read them."""
     history: str | None = None
     """Expression: which events are history. Default: any action present and not zero."""
     same_time: Literal["group", "order"] = "group"
@@ -218,7 +226,14 @@ class DataConfig(Model):
             raise ValueError(f"fold: {self.fold} is not one of {self.folds} folds, which count from 0")
         if self.attributes and self.users is None:
             raise ValueError("attributes: a users table is needed")
-        text = set() if self.text is None else {f for _, f, _, _ in string.Formatter().parse(self.text.template) if f}
+        for name in self.item_features:
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"item_features: {name!r} cannot be a name; map the column to another by items.columns")
+            if name in self.attributes:
+                raise ValueError(f"item_features.{name}: an attribute of users has this name; name one of them otherwise")
+        if self.item_features and self.items is None:
+            raise ValueError("item_features: an items table is needed")
+        text = set() if self.text is None else set(self.text.fields)
         known = {
             "user_id",
             *plain,
@@ -227,6 +242,7 @@ class DataConfig(Model):
             *self.attributes,
             *(a.column for a in self.attributes.values()),
             *text,
+            *self.item_features,
         }
         mapped = {column for table in (self.interactions, self.items, self.users) if table for column in table.columns.values()}
         strange = set(self.sensitive) - known - mapped
@@ -237,7 +253,9 @@ class DataConfig(Model):
         overlap = {a.column for a in self.attributes.values()} | set(self.attributes)
         columns = self.interactions.columns
         features = [n for n, feature in self.context.items() if feature.kind != "kept"]
-        for name in (*features, *self.action_names, *(self.long.columns if self.long is not None else ())):
+        # which events are history tells of them too
+        chosen = sorted(Expression(self.history).names) if self.history is not None else []
+        for name in (*features, *self.action_names, *chosen, *(self.long.columns if self.long is not None else ())):
             shown = self.labels.get(name)
             reads = {name, columns.get(name, name)}
             if shown is not None and shown.expression is not None:

@@ -95,3 +95,35 @@ def _named(value: Any) -> Any:
 
 FeatureConfig = Annotated[CategoricalFeature | MultihotFeature | NumericalFeature | KeptFeature, Field(discriminator="kind")]
 Features = Annotated[dict[str, FeatureConfig], BeforeValidator(_named)]
+
+
+class _ItemVocabulary(Model):
+    min_count: Int = Field(default=1, ge=1)
+    """Values of fewer items of the training catalogue are out of the vocabulary."""
+    max_values: Int = Field(default=100, ge=2)
+    """The most frequent are kept, ties by value; all others are out of the vocabulary."""
+
+
+class CategoricalItemFeature(_ItemVocabulary):
+    """One text per item."""
+
+    kind: Literal["categorical"]
+
+    def as_feature(self) -> CategoricalFeature | MultihotFeature:
+        """The same as a feature of events, as feature_fit.py counts and fits it."""
+        return CategoricalFeature(kind=self.kind, min_count=self.min_count, max_values=self.max_values)
+
+
+class MultihotItemFeature(_ItemVocabulary):
+    """A set of texts per item."""
+
+    kind: Literal["multihot"]
+    separator: str | None = Field(default=None, min_length=1)
+    """What stands between two values of a text; white space around values is dropped then."""
+
+    def as_feature(self) -> CategoricalFeature | MultihotFeature:
+        """The same as a feature of events, as feature_fit.py counts and fits it."""
+        return MultihotFeature(kind=self.kind, separator=self.separator, min_count=self.min_count, max_values=self.max_values)
+
+
+ItemFeatureConfig = Annotated[CategoricalItemFeature | MultihotItemFeature, Field(discriminator="kind")]

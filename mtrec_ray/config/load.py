@@ -66,7 +66,7 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> RunConfig:
         lines = [f"{source}: {len(error.errors())} wrong key(s)"]
         for e in error.errors():
             loc = [str(p) for p in e["loc"]]
-            if len(loc) > 3 and loc[:2] == ["data", "context"]:
+            if len(loc) > 3 and loc[:2] in (["data", "context"], ["data", "item_features"]):
                 del loc[3]  # pydantic names the kind of a feature in the path
             message = e["msg"].removeprefix("Value error, ")
             if e["type"] == "extra_forbidden":

@@ -11,13 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mtrec_ray import storage
+from mtrec_ray import feature_fit, storage
+from mtrec_ray.config import DataConfig
 from mtrec_ray.data import ids, windows
 from mtrec_ray.data.catalogue import catalogue_rows, item_columns
 from mtrec_ray.data.events import Job, read_events, users_of
 from mtrec_ray.data.fit import profile_codes, split_events, to_events
+from mtrec_ray.data.lineage import DataError
 from mtrec_ray.data.maturity import maturity_hours
 from mtrec_ray.data.partition import hash_ids
+from mtrec_ray.features import CategoricalSpec, FeatureError, MultihotSpec
+from mtrec_ray.item_features import column_name
 from mtrec_ray.schema import LogSchema
 
 SPLITS = {windows.TRAIN: "train", windows.VALID: "valid", windows.TEST: "test"}
@@ -90,8 +94,8 @@ def positions_of(plan: Plan, number: int) -> NDArray[np.int32]:
     return np.concatenate(found).astype(np.int32)
 
 
-def build_range(plan: Plan, which: int) -> int:
-    """Catalogue rows of one range of items -> their number."""
+def build_range(plan: Plan, which: int) -> dict[str, pa.Table]:
+    """Catalogue rows of one range of items, their features as texts -> what the trained ones say of each (feature_fit.py)."""
     job = plan.job
     numbered = storage.read_table(_range(plan, "numbers", which))
     item_ids = numbered["item_id"].combine_chunks()
@@ -109,11 +113,35 @@ def build_range(plan: Plan, which: int) -> int:
     for name in ("kind", "rank"):
         rows = rows.append_column(name, numbered[name])
     storage.write_table(_range(plan, "catalogue", which), rows)
-    return len(rows)
+    known, nothing = rows.filter(rows["trained"]), np.zeros(0, np.int64)
+    found = {}
+    for name, feature in job.data.item_features.items():
+        try:
+            found[name] = feature_fit.count(feature.as_feature(), known[column_name(name)].combine_chunks(), nothing)
+        except FeatureError as error:
+            raise DataError(f"data.item_features.{name}: the column {error}") from None
+    return found
+
+
+def fit_item_features(data: DataConfig, parts: list[dict[str, pa.Table]]) -> tuple[CategoricalSpec | MultihotSpec, ...]:
+    """What all ranges say -> vocabularies. Raises DataError for a column without two values."""
+    out = []
+    for name, feature in data.item_features.items():
+        spec = feature_fit.fit(name, feature.as_feature(), feature_fit.merge(feature.as_feature(), [p[name] for p in parts]))
+        assert isinstance(spec, CategoricalSpec | MultihotSpec)
+        if len(spec.values) < 2:
+            raise DataError(
+                f"data.item_features.{name}: items with a training event have {len(spec.values)} value(s) that occur often enough, "
+                "and at least two are needed; look at the column, its separator and min_count"
+            )
+        out.append(spec)
+    return tuple(out)
 
 
 def assemble_catalogue(plan: Plan, _: int) -> None:
-    """catalogue.parquet in the order of positions, from the ranges, one after the other."""
+    """catalogue.parquet in the order of positions, from the ranges, one after the other; item features become numbers."""
+    assert plan.schema is not None
+    specs = {column_name(s.name): s for s in plan.schema.item_features}
 
     def rows(kind: int) -> Iterator[pa.Table]:
         for which in range(len(plan.bounds) + 1):
@@ -125,7 +153,14 @@ def assemble_catalogue(plan: Plan, _: int) -> None:
         for kind in (ids.NEW, ids.REST):
             yield from rows(kind)
 
-    tables = (table.drop_columns(["kind", "rank"]) for table in in_order())
+    def finished(table: pa.Table) -> pa.Table:
+        for name, spec in specs.items():
+            codes = spec.encode(table[name].combine_chunks())
+            column = codes if isinstance(codes, pa.Array) else pa.array(codes)
+            table = table.set_column(table.column_names.index(name), name, column)
+        return table.drop_columns(["kind", "rank"])
+
+    tables = (finished(table) for table in in_order())
     storage.write_tables(storage.join(plan.job.prefix, "catalogue.parquet"), tables)
 
 

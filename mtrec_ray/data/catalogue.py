@@ -11,7 +11,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mtrec_ray.config import DataConfig
+from mtrec_ray.config.features import ItemFeatureConfig, MultihotItemFeature
 from mtrec_ray.data.sources import SourceError
+from mtrec_ray.features import clean_lists
+from mtrec_ray.item_features import column_name
 
 
 def item_columns(data: DataConfig) -> list[str]:
@@ -20,8 +23,9 @@ def item_columns(data: DataConfig) -> list[str]:
         return []
     names = ["item_id"]
     if data.text is not None:
-        names += [f for _, f, _, _ in string.Formatter().parse(data.text.template) if f]
+        names += data.text.fields
         names += [data.text.title, *data.text.columns]
+    names += data.item_features
     return list(dict.fromkeys(names))
 
 
@@ -37,6 +41,16 @@ def check_unique(table: pa.Table, key: str, what: str, sensitive: Collection[str
     if double:
         shown = "(withheld)" if key in sensitive else repr(double[0])
         raise SourceError(f"{what}: {key} {shown} occurs more than once ({len(double)} such ids)")
+
+
+def feature_column(values: pa.ChunkedArray, feature: ItemFeatureConfig) -> pa.Array:
+    """An item feature's column as strings -> texts, or lists of texts; an empty text is none."""
+    texts = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
+    if not isinstance(feature, MultihotItemFeature):
+        return texts
+    alone = pa.ListArray.from_arrays(pa.array(np.arange(len(texts) + 1, dtype=np.int32)), texts)
+    return clean_lists(alone, feature.separator)
 
 
 def catalogue_rows(
@@ -56,11 +70,14 @@ def catalogue_rows(
     }
     if items is not None:
         check_unique(items, "item_id", "items", data.sensitive_names)
-    if items is None or data.text is None:
+    rows = None
+    if items is not None:
+        rows = items.combine_chunks().take(pc.index_in(item_ids, value_set=items["item_id"].combine_chunks()))
+        columns |= {column_name(n): feature_column(rows[n], f) for n, f in data.item_features.items()}
+    if rows is None or data.text is None:
         columns["title"] = item_ids
         columns["text"] = pa.nulls(len(item_ids), pa.string())
         return pa.table(columns)
-    rows = items.combine_chunks().take(pc.index_in(item_ids, value_set=items["item_id"].combine_chunks()))
     parts: list[pa.ChunkedArray | str] = []
     for literal, name, _, _ in string.Formatter().parse(data.text.template):
         parts.append(literal)

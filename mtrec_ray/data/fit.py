@@ -226,7 +226,7 @@ def fit_schema(config: RunConfig, fitted: Fitted, n_items: int, n_train_items: i
     for name, (n, total, squares) in fitted.labels.items():
         mean = float(total / n) if n else 0.0
         variance = max(float(squares / n) - mean**2, 0.0) if n else 0.0
-        labels[name] = LabelStats(count=int(n), mean=mean, std=float(np.sqrt(variance)))
+        labels[name] = LabelStats(count=int(n), mean=mean, std=float(np.sqrt(variance)), values=data.labels[name].values)
     check_labels(config, labels)
     attributes = []
     for name, attribute in data.attributes.items():

@@ -171,7 +171,9 @@ def _run(job: Job) -> dict[str, Any]:
     rows |= {key: sum(c[key] for c in counted) for key in counted[0]}
     if not rows["train_windows"]:
         raise DataError("no training events: the split leaves nothing to train on; check data.protocol and data.history")
-    _in_order(build.build_range, plan, range(len(bounds) + 1), "prepare: catalogue, ranges")
+    described = _in_order(build.build_range, plan, range(len(bounds) + 1), "prepare: catalogue, ranges")
+    schema = schema.model_copy(update={"item_features": build.fit_item_features(job.data, described)})
+    plan = replace(plan, schema=schema)
     _in_order(build.assemble_catalogue, plan, [0], "prepare: catalogue, files")
     storage.write_bytes(storage.join(job.prefix, "schema.json"), schema.model_dump_json(indent=1).encode())
     return {
@@ -194,8 +196,8 @@ def _only_touched_differ(job: Job, schema: LogSchema, cuts: tuple[int, int], res
     if before is None or not before.same_users or (maturity_hours(job.data) and before.log_end != job.log_end):
         return False
     old = LogSchema.model_validate_json(storage.read_bytes(storage.join(before.prefix, "schema.json")))
-    # statistics of labels and actions are not part of any window
-    fitted = schema.model_copy(update={"labels": old.labels, "actions": old.actions})
+    # statistics of labels and actions, and vocabularies of items, are not part of any window
+    fitted = schema.model_copy(update={"labels": old.labels, "actions": old.actions, "item_features": old.item_features})
     return old == fitted and before.cuts == cuts and before.rest_hash == rest_hash
 
 

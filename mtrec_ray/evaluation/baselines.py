@@ -18,9 +18,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from mtrec_ray.evaluation import metrics as m
-from mtrec_ray.evaluation.measure import Moments, System, measure
+from mtrec_ray.evaluation.measure import Moments, measure
+from mtrec_ray.evaluation.system import Fitted, System
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.training.feed import WindowCache
+
+__all__ = ["RANKERS", "Fitted", "ItemVectors", "fit_rankers"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -160,15 +163,6 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
 """Values tried on valid: the whole tuning budget of a baseline."""
 
 RANKERS = ("popularity", "popularity_recent", *GRIDS)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A baseline, what was chosen on valid, and out of how many tries."""
-
-    system: System
-    chosen: dict[str, float]
-    tries: int = 1
 
 
 def valid_ndcg(system: System, predictor: Predictor, valid: WindowCache, batch: int) -> float:

@@ -65,6 +65,17 @@ def evaluate_part(
     return {n: {part: Statistics.merge(values) for part, values in parts.items()} for n, parts in found.items()}
 
 
+def evaluate_items(systems: dict[str, System], predictor: Predictor, resampler: Resampler, folds: tuple[int, ...]) -> Reduced:
+    """Statistics of what is told of items; it depends on no split."""
+    judges = judges_of(predictor.config.tasks).values()
+    out: Reduced = {}
+    for name, system in systems.items():
+        answers = system.items()
+        if answers:
+            out[name] = {WHOLE: Statistics.merge([j.reduce_items(predictor, answers, folds, resampler) for j in judges])}
+    return out
+
+
 def merge_reduced(parts: list[Reduced]) -> Reduced:
     """Join the statistics of several parts, in the order given."""
     out: Reduced = {}
@@ -81,7 +92,10 @@ def quick_statistics(predictor: Predictor, cache: WindowCache, index: np.ndarray
     return reduced.get(WHOLE, Statistics())
 
 
-def quick_metrics(predictor: Predictor, statistics: Statistics) -> dict[str, dict[str, float]]:
+def quick_metrics(predictor: Predictor, statistics: Statistics, folds: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """Merged statistics, and those of items -> metrics."""
+    items = evaluate_items({MODEL: Model(predictor)}, predictor, Resampler(), folds)
+    statistics = Statistics.merge([statistics, *[parts[WHOLE] for parts in items.values()]])
     return points_of(summarise(statistics, dict(predictor.config.tasks), Resampler()))
 
 

@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrec_ray.evaluation import metrics as m
+from mtrec_ray.evaluation.system import System
 from mtrec_ray.predictor import EncodedHistories, Predictor
 from mtrec_ray.retrieval.exact import NONE, mask_items, top_k
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks import judges_of
 from mtrec_ray.training.feed import WindowCache, collate
+
+__all__ = ["Answers", "Facts", "Model", "Moments", "System", "ask", "facts_of", "item_shares", "measure"]
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -53,14 +56,12 @@ class Moments:
         s, s_length = cache.gather("seen", index)
         items, older = cache.columns["history_item"][h].astype(np.int64), cache.columns["seen_item"][s].astype(np.int64)
         h_end, s_end = np.cumsum(h_length), np.cumsum(s_length)
-        seen = [np.zeros(0, np.int64)] * len(index)
-        if schema.exclude_seen:
-            ranges = zip(h_end - h_length, h_end, s_end - s_length, s_end, strict=True)
-            seen = [np.unique(np.concatenate([items[a:b], older[c:d]])) for a, b, c, d in ranges]
+        ranges = zip(h_end - h_length, h_end, s_end - s_length, s_end, strict=True)
+        visible = [np.unique(np.concatenate([items[a:b], older[c:d]])) for a, b, c, d in ranges]
         last = np.full(len(index), -1)
         last[h_length > 0] = items[h_end[h_length > 0] - 1]
         t, t_length = cache.gather("target", index)
-        encoded = EncodedHistories(batch.history, seen, [[]] * len(index))
+        encoded = EncodedHistories.of(batch.history, visible, [[]] * len(index), schema.exclude_seen)
         row = np.repeat(np.arange(len(index)), t_length)
         return cls(cache, index, schema, encoded, batch.targets.context_M, t, row, last, h_length + s_length)
 
@@ -88,30 +89,6 @@ class Moments:
         matrix = sp.csr_matrix((np.ones(len(row), np.float32), (row, item)), shape=(len(self), self.schema.n_items))
         matrix.data[:] = 1
         return matrix
-
-
-class System:
-    """The contract of what is judged; what a system does not answer it is not judged on."""
-
-    def scores(self, moments: Moments) -> Tensor | None:
-        """Score of every item before the seen filter -> score_BN."""
-        return None
-
-    def final_rank(self, moments: Moments, row_P: Tensor, item_P: Tensor, rank_P: IntArray) -> IntArray | None:
-        """Ranks in the final order, where that is another than the scores'."""
-        return None
-
-    def predictions(self, moments: Moments) -> dict[str, FloatArray]:
-        """Task -> prediction at each target, (T,) or (T, C)."""
-        return {}
-
-    def profiles(self, moments: Moments) -> dict[str, FloatArray]:
-        """Task -> probability per class at each moment, (B, C)."""
-        return {}
-
-    def similar(self, item_B: IntArray) -> Tensor | None:
-        """Similarity of some items with all -> (B, N); a fresh tensor."""
-        return None
 
 
 class Model(System):
@@ -151,12 +128,17 @@ class Model(System):
         if not self.predictor.model.pointwise:
             return {}
         state_TD = self.states(moments)[torch.from_numpy(moments.row)]
-        found = self.predictor.score(state_TD, torch.from_numpy(moments.item_T)[:, None], moments.context)
+        item_TK = torch.from_numpy(moments.item_T)[:, None]
+        found = self.predictor.score(state_TD, item_TK, moments.context)
+        found |= self.predictor.distributions(state_TD, item_TK, moments.context)
         return {n: v[:, 0].numpy().astype(np.float64) for n, v in found.items()}
 
     def profiles(self, moments: Moments) -> dict[str, FloatArray]:
-        found = self.predictor.profile_probabilities(self.states(moments))
+        found = self.predictor.profile_probabilities(self.states(moments), moments.encoded.visible)
         return {n: v.numpy().astype(np.float64) for n, v in found.items()}
+
+    def items(self) -> dict[str, FloatArray]:
+        return {n: v.numpy().astype(np.float64) for n, v in self.predictor.item_probabilities().items()}
 
     def similar(self, item_B: IntArray) -> Tensor | None:
         return None if self.predictor.model.similarity is None else self.predictor.similar_scores(item_B)

@@ -20,7 +20,7 @@ LIST = 10
 EXCLUDED_RANK = 2**40
 """Rank of a target that may not be recommended."""
 RANKING_CUTS = {"hr@10": 10, "recall@10": 10, "recall@20": 20, "recall@100": 100, "precision@10": 10, "ndcg@10": 10}
-RANKING = (*RANKING_CUTS, "mrr", "map")
+RANKING = (*RANKING_CUTS, "ndcg", "mrr", "map")
 LISTS = ("novelty@10", "diversity@10", "popularity_lift@10")
 LOWER_IS_BETTER = frozenset({"rmse", "mae", "logloss", "normalised_entropy", "ece", "gini@10", "popularity_lift@10"})
 """Metrics whose smaller value is the better one."""
@@ -87,6 +87,10 @@ def ranking_metrics(moment: IntArray, rank: IntArray, n_moments: int) -> dict[st
             ideal = np.cumsum(1 / np.log2(np.arange(2, k + 2)))
             value = gain / ideal[np.clip(relevant.astype(int), 1, k) - 1]
         out[name] = np.where(none, np.nan, value)
+    # the whole list: an excluded target is not far down, it is not there
+    gain = np.bincount(moment, weights=np.where(rank < EXCLUDED_RANK, 1 / np.log2(1.0 + rank), 0.0), minlength=n_moments)
+    ideal = np.cumsum(1 / np.log2(np.arange(2, 3 + int(relevant.max(initial=0)))))
+    out["ndcg"] = np.where(none, np.nan, gain / ideal[np.maximum(relevant.astype(int), 1) - 1])
     best = np.full(n_moments, np.iinfo(np.int64).max, dtype=np.int64)
     np.minimum.at(best, moment, rank)
     out["mrr"] = np.where(none, np.nan, 1.0 / best)

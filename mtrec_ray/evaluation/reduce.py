@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mtrec_ray.evaluation import metrics as m
 from mtrec_ray.evaluation.measure import Answers, Facts, item_shares
-from mtrec_ray.evaluation.statistics import FloatArray, HashArray, Resampler, Statistics, user_hash
+from mtrec_ray.evaluation.statistics import FloatArray, HashArray, Resampler, Statistics, class_sums, user_hash
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.tasks import judges_of
 
@@ -149,18 +149,8 @@ class Reduction:
     def classes(
         self, task: str, label: NDArray[np.int64], guess: NDArray[np.int64], n_classes: int, user: NDArray[np.int64]
     ) -> None:
-        """One class guessed per judged thing, whose users are given: `TASK/confusion`, and `TASK/classes` for
-        `class_metrics`."""
-        weight_JR = self.weight_UR[user]
-        confusion = np.zeros((n_classes, n_classes))
-        np.add.at(confusion, (label, guess), 1)
-        self.out.sums[f"{task}/confusion"] = confusion
-        margins_3CR = np.zeros((3, n_classes, weight_JR.shape[1]))  # right, labelled, guessed per class: all that F1 needs
-        right = label == guess
-        np.add.at(margins_3CR[0], guess[right], weight_JR[right])
-        np.add.at(margins_3CR[1], label, weight_JR)
-        np.add.at(margins_3CR[2], guess, weight_JR)
-        self.out.sums[f"{task}/classes"] = np.moveaxis(margins_3CR, 2, 0)
+        """One class guessed of each judged thing, whose users are given; see `class_sums`."""
+        self.out.sums |= class_sums(task, label, guess, n_classes, user, self.weight_UR)
 
 
 def summarise(statistics: Statistics, tasks: dict[str, Any], resampler: Resampler) -> Summary:

@@ -20,6 +20,7 @@ from mtrec_ray.evaluation.evaluate import (
     EvaluationError,
     Reduced,
     compare_with_baselines,
+    evaluate_items,
     evaluate_part,
     intervals_of,
     merge_reduced,
@@ -119,6 +120,8 @@ def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str) -> 
     baselines, skipped = _fit(config, data, predictor)
     resampler = Resampler(config.evaluation.bootstrap, config.evaluation.seed)
     reduced = measure_split(data, bundle_prefix, "test", {n: f.system for n, f in baselines.items()}, resampler)
+    systems = {MODEL: Model(predictor), **{n: f.system for n, f in baselines.items()}}
+    reduced = merge_reduced([reduced, evaluate_items(systems, predictor, resampler, config.evaluation.profile_folds_test)])
     return report_numbers(config, data, predictor, reduced, baselines, skipped, resampler)
 
 

@@ -61,6 +61,14 @@ class Scores:
     prediction: FloatArray
     user: HashArray
 
+    @staticmethod
+    def join(parts: list[Scores]) -> Scores:
+        return Scores(
+            np.concatenate([s.label for s in parts]),
+            np.concatenate([s.prediction for s in parts]),
+            np.concatenate([s.user for s in parts]),
+        )
+
     def auc(self, resampler: Resampler) -> FloatArray:
         """Area under the ROC curve per resample, ties count one half (Hanley & McNeil 1982) -> (R,).
 
@@ -105,12 +113,7 @@ class Statistics:
             for name, value in part.sums.items():
                 out.sums[name] = out.sums[name] + value if name in out.sums else value
         for name in dict.fromkeys(n for p in parts for n in p.scores):
-            found = [p.scores[name] for p in parts if name in p.scores]
-            out.scores[name] = Scores(
-                np.concatenate([s.label for s in found]),
-                np.concatenate([s.prediction for s in found]),
-                np.concatenate([s.user for s in found]),
-            )
+            out.scores[name] = Scores.join([p.scores[name] for p in parts if name in p.scores])
         return out
 
     def add_means(self, weight_UR: FloatArray, table: dict[str, tuple[FloatArray, FloatArray]]) -> None:
@@ -136,6 +139,23 @@ class Statistics:
         if users[0] < MIN_USERS:
             total, count = total[:1], count[:1]
         return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def class_sums(
+    name: str, label: IntArray, guess: IntArray, n_classes: int, unit: IntArray, weight_UR: FloatArray
+) -> dict[str, FloatArray]:
+    """One class guessed of each judged thing -> `NAME/confusion` (label × guess) and `NAME/classes`, for `class_metrics`.
+
+    unit: what the bootstrap draws that each thing belongs to, among U.
+    """
+    confusion = np.zeros((n_classes, n_classes))
+    np.add.at(confusion, (label, guess), 1)
+    margins_3UC = np.zeros((3, len(weight_UR), n_classes))  # right, labelled, guessed per class: all that F1 needs
+    right = label == guess
+    np.add.at(margins_3UC[0], (unit[right], guess[right]), 1)
+    np.add.at(margins_3UC[1], (unit, label), 1)
+    np.add.at(margins_3UC[2], (unit, guess), 1)
+    return {f"{name}/confusion": confusion, f"{name}/classes": np.tensordot(weight_UR, margins_3UC, (0, 1))}
 
 
 def class_metrics(margins_R3C: FloatArray) -> dict[str, FloatArray]:

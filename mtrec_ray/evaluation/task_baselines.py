@@ -12,7 +12,8 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from sklearn.linear_model import LogisticRegression
 
 from mtrec_ray.evaluation.baselines import Fitted, ItemVectors
-from mtrec_ray.evaluation.measure import Moments, System
+from mtrec_ray.evaluation.measure import Moments
+from mtrec_ray.evaluation.system import System, Together
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks import Judge, judges_of
@@ -163,7 +164,7 @@ def fit_task_baselines(
     judges = judges_of(predictor.config.tasks)
     out: dict[str, Fitted] = {}
     targets = _Targets(train)
-    columns = _columns(judges, targets)
+    columns = _columns(judges, targets, predictor.schema)
     if columns:
         encoded = train.user_ids.dictionary_encode()
         user, ids = encoded.indices.to_numpy()[targets.window], encoded.dictionary.to_pylist()
@@ -179,10 +180,20 @@ def fit_task_baselines(
         out["user_mean"] = Fitted(Means(by_user), {})
         progress("fitting gradient_boosting")
         out["gradient_boosting"] = _fit_boosting(predictor, judges, items, columns, targets, _Targets(valid))
+    last = Moments.of(predictor.schema, valid, _last_moments(valid))
+    own: dict[str, list[Fitted]] = {}
+    for judge in judges.values():
+        for name, fitted in judge.fit_baselines(predictor, train, last).items():
+            own.setdefault(name, []).append(fitted)
     attributes = {n: judge.attribute for n, judge in judges.items() if judge.attribute is not None}
     if attributes:
         progress("fitting item_bag")
-        out |= _fit_profiles(predictor, attributes, train, valid)
+        for name, fitted in _fit_profiles(predictor, attributes, train, valid).items():
+            own.setdefault(name, []).insert(0, fitted)
+    for name, found in own.items():
+        chosen = {k: v for f in found for k, v in f.chosen.items()}
+        system = found[0].system if len(found) == 1 else Together([f.system for f in found])
+        out[name] = Fitted(system, chosen, max(f.tries for f in found))
     if predictor.retrieval_name is not None or predictor.model.similarity is not None:
         out["item_vectors"] = Fitted(ItemVectors(predictor.item_vec_ND), {})
     return out
@@ -204,12 +215,18 @@ class _Targets:
         return _user_features(self.cache, schema, self.place, self.cache.offsets["history"][self.window])
 
 
-def _columns(judges: dict[str, Judge], targets: _Targets) -> dict[str, FloatArray]:
+def _last_moments(cache: WindowCache) -> IntArray:
+    """The last moment of every user; a user's moments stand together."""
+    first = cache.first_of_user
+    return np.flatnonzero(np.append(first[1:] != first[:-1], True)) if len(cache) else np.zeros(0, np.int64)
+
+
+def _columns(judges: dict[str, Judge], targets: _Targets, schema: LogSchema) -> dict[str, FloatArray]:
     """Task -> its labels at the targets as columns, (T, C); tasks without any label are left out."""
     out = {}
     for name, judge in judges.items():
         label = judge.label(targets.column)
-        columns = None if label is None else judge.columns(label)
+        columns = None if label is None else judge.columns(label, schema)
         if columns is not None and (~np.isnan(columns)).any():
             out[name] = columns
     return out
@@ -230,20 +247,20 @@ def _fit_boosting(
     models: dict[str, tuple[Judge, list[tuple[ItemMeans, object]]]] = {}
     chosen: dict[str, float] = {}
     for name, label_TC in columns.items():
-        rows = np.flatnonzero(~np.isnan(label_TC).any(1))
-        rows = rows[:: max(1, -(-len(rows) // MAX_ROWS))]
+        rows_C = [np.flatnonzero(~np.isnan(c)) for c in label_TC.T]
+        rows_C = [rows[:: max(1, -(-len(rows) // MAX_ROWS))] for rows in rows_C]
         classify = judges[name].proportions
-        if not len(rows) or (classify and any(len(np.unique(c)) < 2 for c in label_TC[rows].T)):
+        if any(not len(r) or (classify and len(np.unique(c[r])) < 2) for r, c in zip(rows_C, label_TC.T, strict=True)):
             continue
         found = judges[name].label(valid.column)
-        v_label = None if found is None else judges[name].columns(found)
+        v_label = None if found is None else judges[name].columns(found, schema)
         assert v_label is not None  # it gave training columns
-        keep = ~np.isnan(v_label).any(1)
         make = HistGradientBoostingClassifier if classify else HistGradientBoostingRegressor
         tried = []
         for leaves in LEAVES:
             fitted, error = [], 0.0
-            for c, means in enumerate(items[name]):
+            for c, (means, rows) in enumerate(zip(items[name], rows_C, strict=True)):
+                keep = ~np.isnan(v_label[:, c])
                 table = np.column_stack([means.earlier(train.item, label_TC[:, c], time, row)[rows], user[rows]])
                 model = make(max_leaf_nodes=leaves, max_iter=100, learning_rate=0.05, random_state=predictor.config.seed)
                 model.fit(table, label_TC[rows, c])

@@ -66,9 +66,9 @@ class Chains(nn.Module):
 
     def __init__(self, tasks: Mapping[str, TaskConfig], width: int) -> None:
         super().__init__()
-        self.parents = parents_first({n: t.depends_on for n, t in tasks.items() if isinstance(t, BinaryTask) and t.depends_on})
-        aitm = [n for n in self.parents if getattr(tasks[n], "chain", None) == "aitm"]
-        self.transfers = nn.ModuleDict({n: Transfer(width) for n in aitm})
+        steps = {n: t for n, t in tasks.items() if isinstance(t, BinaryTask)}
+        self.parents = parents_first({n: t.depends_on for n, t in steps.items() if t.depends_on})
+        self.transfers = nn.ModuleDict({n: Transfer(width) for n in self.parents if steps[n].chain == "aitm"})
 
     def forward(self, shared: dict[str, Tensor], heads: Mapping[str, Head]) -> dict[str, Tensor]:
         """Output of the sharing layers, task: (..., H) -> what each head reads, (..., H), of dependent tasks (..., H + 1)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from mtrec_ray.models.sharing import build_sharing
 from mtrec_ray.models.tokens import EventTokens
 from mtrec_ray.models.trunks import build_trunk
 from mtrec_ray.schema import LogSchema
-from mtrec_ray.tasks import Forward, PointwiseTask, Profile, Retrieval, Similarity, Task, build_task
+from mtrec_ray.tasks import Forward, ItemTask, PointwiseTask, Retrieval, Similarity, Task, UserTask, build_task
 
 
 class Recommender(nn.Module):
@@ -69,8 +70,20 @@ class Recommender(nn.Module):
         return {t.name: t for t in self.task_list if isinstance(t, PointwiseTask)}
 
     @property
-    def profiles(self) -> dict[str, Profile]:
-        return {t.name: t for t in self.task_list if isinstance(t, Profile)}
+    def profiles(self) -> dict[str, UserTask]:
+        return {t.name: t for t in self.task_list if isinstance(t, UserTask)}
+
+    @property
+    def item_tasks(self) -> dict[str, ItemTask]:
+        return {t.name: t for t in self.task_list if isinstance(t, ItemTask)}
+
+    def read_catalogue(self, catalogue: pa.Table, held_folds: tuple[int, ...]) -> None:
+        """Give the tasks what they know of items beside vectors; needed before training and before inference.
+
+        catalogue: as prepare wrote it; held_folds: folds whose labels are masked in training.
+        """
+        for task in self.task_list:
+            task.read_catalogue(catalogue, self.schema, held_folds)
 
     # -- training
 

@@ -51,6 +51,7 @@ class EncodedState:
     state_BD: torch.Tensor
     length_B: torch.Tensor
     seen: list[IntArray]
+    visible: list[IntArray]
     degraded: list[str]
 
 
@@ -93,7 +94,7 @@ class StateEncoder(_Stage):
     def _encode(self, stamp: Stamp, history: History) -> EncodedState:
         encoded = self.predictor.encode_histories([history])
         state_BD = self.predictor.encode_state(encoded.batch)
-        return EncodedState(stamp, state_BD, encoded.batch.length_B, encoded.seen, encoded.degraded[0])
+        return EncodedState(stamp, state_BD, encoded.batch.length_B, encoded.seen, encoded.visible, encoded.degraded[0])
 
 
 @serve.deployment(name="Retrieval")
@@ -129,7 +130,7 @@ class Heads(_Stage):
 
     async def profile(self, stamp: Stamp, state: EncodedState) -> dict[str, dict[str, float]]:
         self._check(stamp, state)
-        return (await self._run(self.predictor.profile_of, state.state_BD))[0]
+        return (await self._run(self.predictor.profile_of, state.state_BD, state.visible))[0]
 
 
 http = FastAPI(

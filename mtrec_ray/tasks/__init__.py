@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from mtrec_ray.config import BaseTask, ModelConfig
 from mtrec_ray.schema import LogSchema
-from mtrec_ray.tasks import binary, profile, regression, retrieval, similarity
-from mtrec_ray.tasks.base import Forward, PointwiseTask, Task
+from mtrec_ray.tasks import binary, item_attribute, multiclass, multilabel, profile, regression, retrieval, similarity
+from mtrec_ray.tasks.base import Forward, ItemTask, PointwiseTask, Task, UserTask
 from mtrec_ray.tasks.binary import Binary
 from mtrec_ray.tasks.judge import Judge, Kind
 from mtrec_ray.tasks.profile import Profile
@@ -16,11 +16,13 @@ from mtrec_ray.tasks.retrieval import Retrieval
 from mtrec_ray.tasks.similarity import Similarity
 
 __all__ = [
-    "KINDS", "Binary", "Forward", "Judge", "Kind", "PointwiseTask", "Profile", "Regression", "Retrieval", "Similarity", "Task",
-    "build_task", "judges_of", "register",
+    "KINDS", "Binary", "Forward", "ItemTask", "Judge", "Kind", "PointwiseTask", "Profile", "Regression", "Retrieval",
+    "Similarity", "Task", "UserTask", "build_task", "judges_of", "register",
 ]  # fmt: skip
 
-KINDS: dict[str, Kind] = {k.KIND.name: k.KIND for k in (retrieval, regression, binary, similarity, profile)}
+KINDS: dict[str, Kind] = {k.KIND.name: k.KIND for k in (
+    retrieval, regression, binary, multiclass, multilabel, similarity, profile, item_attribute,
+)}  # fmt: skip
 
 
 def register(kind: Kind) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from torch import Tensor, nn
 
 from mtrec_ray.config import ModelConfig
 from mtrec_ray.models.batch import Batch
 from mtrec_ray.schema import LogSchema
+from mtrec_ray.tasks.wide import Bags
 
 
 @dataclass
@@ -45,6 +47,12 @@ class Task(nn.Module):
         """The module of a configured task; config: of the kind's own class."""
         raise NotImplementedError
 
+    def read_catalogue(self, catalogue: pa.Table, schema: LogSchema, held_folds: tuple[int, ...]) -> None:
+        """Take what the task knows of items beside their vectors; called once, before training and before inference.
+
+        catalogue: rows of catalogue.parquet; held_folds: folds of items (and users) whose labels are masked in training.
+        """
+
     def count(self, batch: Batch) -> Tensor:
         raise NotImplementedError
 
@@ -59,6 +67,8 @@ class PointwiseTask(Task):
     """A task with a number per (user, item)."""
 
     pointwise = True
+    several_numbers = False
+    """Whether `distribution` says more than `predict`."""
 
     def predict(self, shared: Tensor) -> Tensor:
         """What the head reads (..., H) -> prediction in the label's units (...)."""
@@ -66,4 +76,32 @@ class PointwiseTask(Task):
 
     def final(self, prediction: Tensor) -> Tensor:
         """g of the final score Σ w·g, from the prediction."""
+        raise NotImplementedError
+
+    def distribution(self, shared: Tensor) -> Tensor:
+        """All numbers of a task of several, (..., C): what its judge reads."""
+        raise NotImplementedError
+
+
+class UserTask(Task):
+    """A task with a distribution over classes per user, answered by `Predictor.profile`."""
+
+    key: str
+    """Its name in the answer."""
+    classes: tuple[str, ...]
+
+    def logits(self, state_BD: Tensor, bags: Bags) -> Tensor:
+        """States and visible items of B users -> (B, classes)."""
+        raise NotImplementedError
+
+
+class ItemTask(Task):
+    """A task that says something about items from their vectors alone."""
+
+    reads_state = False
+    column: str
+    classes: tuple[str, ...]
+
+    def item_probabilities(self, item_vec_ND: Tensor) -> Tensor:
+        """-> probability per class, (N, classes)."""
         raise NotImplementedError

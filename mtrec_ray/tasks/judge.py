@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 
 from mtrec_ray.config import BaseTask
 from mtrec_ray.evaluation.statistics import Resampler, Statistics
+from mtrec_ray.evaluation.system import Fitted
+from mtrec_ray.schema import LogSchema
 
 if TYPE_CHECKING:  # what evaluates stands above the tasks
     from mtrec_ray.evaluation.measure import Moments
     from mtrec_ray.evaluation.reduce import Reduction
     from mtrec_ray.predictor import Predictor
     from mtrec_ray.tasks.base import Task
+    from mtrec_ray.training.feed import WindowCache
 
 FloatArray = NDArray[np.float64]
 Column = Callable[[str], NDArray[Any]]
@@ -30,7 +33,7 @@ Column = Callable[[str], NDArray[Any]]
 class Judge:
     """One task of a kind. A kind says here what differs from "not measured"."""
 
-    main: str
+    main: str = "n"
     """The metric that the report shows."""
     nothing: str = "no target with the label"
     """Why a split may give no metric."""
@@ -51,7 +54,7 @@ class Judge:
         """What is true of each moment -> (B, C), a row of NaN is missing; None: the kind needs nothing of the sort."""
         return None
 
-    def columns(self, label: FloatArray) -> FloatArray | None:
+    def columns(self, label: FloatArray, schema: LogSchema) -> FloatArray | None:
         """Labels as numbers that means and gradient boosting can be fitted to -> (T, C); None: they are no baselines."""
         return None
 
@@ -59,9 +62,18 @@ class Judge:
         """Predictions of such columns -> predictions in the kind's own form."""
         return column_TC[:, 0]
 
+    def fit_baselines(self, predictor: Predictor, train: WindowCache, valid: Moments) -> dict[str, Fitted]:
+        """Baselines of the kind's own, by name; valid: the last moment of every user of the valid split."""
+        return {}
+
     def reduce(self, r: Reduction) -> None:
         """Add statistics of one slice of one system to `r`, under names that begin with `self.name/`."""
-        raise NotImplementedError
+
+    def reduce_items(
+        self, predictor: Predictor, answers: dict[str, FloatArray], folds: tuple[int, ...], resampler: Resampler
+    ) -> Statistics:
+        """The same of what is told of items: answers are one system's, task -> (N, C); folds: those that judge."""
+        return Statistics()
 
     def summarise(self, statistics: Statistics, resampler: Resampler) -> dict[str, FloatArray]:
         """Merged statistics -> metric: (R,) values, or (1,) for what is not resampled; empty without anything to judge.
@@ -77,7 +89,7 @@ class LabelJudge(Judge):
     def label(self, column: Column) -> FloatArray | None:
         return column(f"label_{self.config.label}").astype(np.float64)
 
-    def columns(self, label: FloatArray) -> FloatArray | None:
+    def columns(self, label: FloatArray, schema: LogSchema) -> FloatArray | None:
         return label[:, None]
 
 
@@ -88,4 +100,5 @@ class Kind:
     name: str
     config: type[BaseTask]
     task: type[Task]
-    judge: type[Judge]
+    judge: Callable[[str, Any], Judge]
+    """(name, configuration) -> judge; a class, or a function that chooses one."""

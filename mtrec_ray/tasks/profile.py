@@ -1,10 +1,11 @@
-"""profile: an attribute of the user, read from the state at a window's end."""
+"""profile: an attribute of the user, or what the user will turn to (interest.py), from the state and the visible items."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,32 +15,54 @@ from mtrec_ray.evaluation import statistics as st
 from mtrec_ray.evaluation.statistics import Resampler, Scores, Statistics
 from mtrec_ray.models.batch import Batch
 from mtrec_ray.schema import LogSchema
-from mtrec_ray.tasks.base import Forward, Task
+from mtrec_ray.tasks.base import Forward, UserTask
+from mtrec_ray.tasks.interest import Interest, InterestJudge
 from mtrec_ray.tasks.judge import FloatArray, Judge, Kind
+from mtrec_ray.tasks.wide import Bags, Wide
 
 if TYPE_CHECKING:
     from mtrec_ray.evaluation.reduce import Reduction
 
 
-class Profile(Task):
-    """Softmax over classes. Every window of a user weighs 1 / (the user's windows); the count is their sum.
+DROPOUT, DEEP_PENALTY = 0.3, 300.0
+"""Of the deep term; its penalty is a multiple of the wide one's."""
 
-    Users of the valid and test folds come with the class -1: masked.
+
+class Profile(UserTask):
+    """Softmax over classes: a wide term on the visible items and a deep one on the state.
+
+    Every window of a user weighs 1 / (the user's windows); the count is their sum. Users of the valid and test folds come
+    with the class -1: masked. The wide term alone is trained as tf-idf logistic regression is, with its penalty. The deep
+    term is trained on what that leaves, so that it does not stand in its way; it is linear, with dropout and a strong
+    penalty, since states know every training user by heart.
     """
 
-    def __init__(self, name: str, attribute: str, classes: tuple[str, ...], width: int) -> None:
+    def __init__(
+        self, name: str, attribute: str, classes: tuple[str, ...], width: int, n_train_items: int, wide_penalty: float = 5e-4
+    ) -> None:
         super().__init__()
-        self.name, self.attribute, self.classes = name, attribute, classes
-        self.project = nn.Linear(width, width)
-        self.head = nn.Linear(width, len(classes))
+        self.name, self.key, self.attribute, self.classes, self.wide_penalty = name, attribute, attribute, classes, wide_penalty
+        self.wide = Wide(n_train_items, len(classes))
+        self.bias = nn.Parameter(torch.zeros(len(classes)))
+        self.dropout = nn.Dropout(DROPOUT)
+        self.head = nn.Linear(width, len(classes), bias=False)
+        nn.init.zeros_(self.head.weight)
 
     @classmethod
-    def build(cls, name: str, config: ProfileTask, schema: LogSchema, model: ModelConfig) -> Profile:
+    def build(cls, name: str, config: ProfileTask, schema: LogSchema, model: ModelConfig) -> UserTask:
+        if config.attribute is None:
+            return Interest.build(name, config, schema, model)
         classes = next(a.classes for a in schema.attributes if a.name == config.attribute)
-        return cls(name, config.attribute, classes, model.width)
+        return cls(name, config.attribute, classes, model.width, schema.n_train_items, config.wide_penalty)
 
-    def logits(self, state_BD: Tensor) -> Tensor:
-        return self.head(F.gelu(self.project(state_BD)))  # type: ignore[no-any-return]
+    def read_catalogue(self, catalogue: pa.Table, schema: LogSchema, held_folds: tuple[int, ...]) -> None:
+        self.wide.count_items(catalogue["count"].to_numpy()[: schema.n_train_items])
+
+    def logits(self, state_BD: Tensor, bags: Bags) -> Tensor:
+        return self.wide(bags) + self.bias + self._deep(state_BD)  # type: ignore[no-any-return]
+
+    def _deep(self, state_BD: Tensor) -> Tensor:
+        return self.head(self.dropout(state_BD))  # type: ignore[no-any-return]
 
     def count(self, batch: Batch) -> Tensor:
         return batch.profile_weight_B[batch.profile_B[self.attribute] >= 0].sum()
@@ -47,9 +70,13 @@ class Profile(Task):
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
         label = batch.profile_B[self.attribute]
         valid = torch.nonzero(label >= 0).squeeze(-1)
-        state_BD = forward.state_BLD[valid, batch.history.length_B[valid]]
-        loss = F.cross_entropy(self.logits(state_BD), label[valid], reduction="none")
-        return (loss * batch.profile_weight_B[valid]).sum()
+        weight_W = batch.profile_weight_B[valid]
+        wide_WC = self.wide(Bags.of_windows(batch.history, valid)) + self.bias
+        deep_WC = self._deep(forward.state_BLD[valid, batch.history.length_B[valid]])
+        both = F.cross_entropy(wide_WC.detach() + deep_WC, label[valid], reduction="none")
+        alone = F.cross_entropy(wide_WC, label[valid], reduction="none")
+        penalty = self.wide.penalty() + 0.5 * DEEP_PENALTY * self.head.weight.square().sum()
+        return ((both + alone) * weight_W).sum() + self.wide_penalty * penalty * weight_W.sum()
 
 
 class ProfileJudge(Judge):
@@ -85,4 +112,8 @@ class ProfileJudge(Judge):
         return found
 
 
-KIND = Kind("profile", ProfileTask, Profile, ProfileJudge)
+def judge_of(name: str, config: ProfileTask) -> Judge:
+    return InterestJudge(name, config) if config.attribute is None else ProfileJudge(name, config)
+
+
+KIND = Kind("profile", ProfileTask, Profile, judge_of)

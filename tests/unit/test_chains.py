@@ -166,8 +166,8 @@ def test_aitm_attends_to_what_the_step_before_knows() -> None:
         transfer.carry.weight.fill_(1.0)
         transfer.carry.bias.zero_()
         transfer.value.weight.fill_(2.0)
-        transfer.query.weight.fill_(1.0)
-        transfer.key.weight.fill_(LN3 / (100 - 4))
+        transfer.query.weight.fill_(2.0)
+        transfer.key.weight.fill_(LN3 / (100 - 4) / 2)
     # u is 2 (own) and 10 (carried); <Qu, Ku> is c · 4 and c · 100 with c = ln 3 / 96: weights 1/4 and 3/4; V doubles
     assert float(transfer(torch.tensor([2.0]), torch.tensor([10.0]))) == pytest.approx(2 * (1 / 4 * 2 + 3 / 4 * 10), rel=1e-5)
 
@@ -184,9 +184,9 @@ def test_aitms_second_step_reads_the_first_and_the_third_what_the_second_made_of
 
 def test_aitms_calibrator_costs_what_exceeds_the_step_before() -> None:
     task = binary(depends_on="click", chain="aitm", calibration=0.5)
-    # p = 3/4 after 1/2 (too much by 1/4), and p = 1/4 after 1/2
+    # p = 3/4 after 1/2 (too much by 1/4), and p = 1/4 after 3/4
     expected = -math.log(3 / 4) + 0.5 * 1 / 4 - math.log(3 / 4)
-    assert loss_of(task, [[LN3, 0.0], [-LN3, 0.0], [9.0, 0.0]], [1.0, 0.0, NAN]) == pytest.approx(expected, rel=1e-6)
+    assert loss_of(task, [[LN3, 0.0], [-LN3, LN3], [9.0, 0.0]], [1.0, 0.0, NAN]) == pytest.approx(expected, rel=1e-6)
 
 
 # ------------------------------------------------------------------ in the recommender

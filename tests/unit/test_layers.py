@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent / "mtrec_ray"
-ROOMS = ["models", "tasks", "balancing", "retrieval", "evaluation", "training", "encoders", "tuning"]
+ROOMS = ["models", "tasks", "balancing", "retrieval", "evaluation", "training", "encoders", "multitask", "tuning"]
 ADAPTERS = {"training/trainer.py", "evaluation/runner.py", "encoders/bulk.py", "tuning/search.py", "tuning/job.py"}
 SINGLE = [
     "config", "features.py", "feature_fit.py",

@@ -54,7 +54,7 @@ def test_an_excluded_target_ranks_behind_the_whole_catalogue() -> None:
     rank = m.pessimistic_rank(score, torch.tensor([0]), torch.tensor([7]))
     assert rank.tolist() == [m.EXCLUDED_RANK]
     per_moment = m.ranking_metrics(ints(0), rank, 1)
-    assert all(per_moment[name][0] == 0 for name in m.RANKING_CUTS)
+    assert all(per_moment[name][0] == 0 for name in (*m.RANKING_CUTS, "ndcg"))
 
 
 @pytest.mark.parametrize("name", list(m.RANKING_CUTS))
@@ -137,6 +137,7 @@ def test_ndcg_is_that_of_scikit_learn(n: int, data: st.DataObject) -> None:
     rank = m.pessimistic_rank(torch.from_numpy(score[None]), torch.zeros_like(items), items)
     out = m.ranking_metrics(np.zeros(len(rank), np.int64), rank, 1)
     assert out["ndcg@10"][0] == pytest.approx(ndcg_score(truth[None], score[None], k=10), abs=1e-12)
+    assert out["ndcg"][0] == pytest.approx(ndcg_score(truth[None], score[None]), abs=1e-12)
     best = np.argsort(-score)
     assert out["recall@10"][0] == pytest.approx(truth[best[:10]].sum() / truth.sum())
     assert out["hr@10"][0] == truth[best[:10]].any()
@@ -169,6 +170,7 @@ def test_ranking_metrics_are_those_of_torchmetrics(ranks: list[list[int]]) -> No
             "recall@100": tm.retrieval_recall(score, target, top_k=50),  # the list has 50 items
             "precision@10": tm.retrieval_precision(score, target, top_k=10),
             "ndcg@10": tm.retrieval_normalized_dcg(score, target, top_k=10),
+            "ndcg": tm.retrieval_normalized_dcg(score, target),
             "mrr": tm.retrieval_reciprocal_rank(score, target),
             "map": tm.retrieval_average_precision(score, target),
         }

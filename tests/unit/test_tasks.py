@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from mtrec_ray.config import BinaryTask
 from mtrec_ray.models.batch import Batch, HistoryBatch, TargetBatch
 from mtrec_ray.schema import LabelStats
 from mtrec_ray.tasks import Binary, Forward, Profile, Regression, Retrieval, Similarity
+from mtrec_ray.tasks.wide import Bags, Wide
 
 NAN = float("nan")
 
@@ -119,19 +121,49 @@ def test_similarity_leaves_the_anchor_out_of_the_denominator() -> None:
 
 
 def test_profile_reads_each_windows_last_state_with_its_weight() -> None:
-    task = Profile("p", "taste", ("a", "b"), 2)
+    task = Profile("p", "taste", ("a", "b"), 2, 3)
     forward = make_forward()
     batch = make_batch([0], [0], [True], [NAN])
     assert float(task.count(batch)) == 1.5
     ce = torch.nn.functional.cross_entropy
-    expected = 0.5 * ce(task.logits(forward.state_BLD[0, 3]), torch.tensor(1)) + ce(
-        task.logits(forward.state_BLD[1, 1]), torch.tensor(0)
-    )
+    with torch.no_grad():
+        task.wide.weight.weight.normal_()
+        task.head.weight.normal_()
+    task.eval()  # no dropout
+    batch.history.item_BS = torch.tensor([[0, 1, 0], [2, 0, 0]])
+    expected = task.wide_penalty * 1.5 * (task.wide.penalty() + 0.5 * 300 * task.head.weight.square().sum())
+    for window, last, items, weight, label in ((0, 3, [0, 1], 0.5, 1), (1, 1, [2], 1.0, 0)):
+        bags, state = Bags.of_lists([np.array(items)]), forward.state_BLD[window, last][None]
+        alone = task.wide(bags) + task.bias
+        expected = expected + weight * (ce(task.logits(state, bags)[0], torch.tensor(label)) + ce(alone[0], torch.tensor(label)))
     torch.testing.assert_close(task.loss_sum(forward, batch), expected)
 
 
+def test_the_deep_term_of_a_profile_moves_no_weight_of_the_wide_one() -> None:
+    """The wide term is what tf-idf logistic regression would be, whatever the states say."""
+    grads = []
+    for scale in (0.0, 5.0):
+        task = Profile("p", "taste", ("a", "b"), 2, 3).eval()
+        torch.nn.init.constant_(task.head.weight, scale)
+        task.head.weight.data[0] *= -1
+        task.loss_sum(make_forward(), make_batch([0], [0], [True], [NAN])).backward()
+        grads.append(task.wide.weight.weight.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_the_wide_term_is_linear_in_the_tf_idf_of_the_bag() -> None:
+    wide = Wide(3, 1)
+    wide.count_items(np.array([9, 4, 0]))
+    idf = 1 + np.log(10 / np.array([10, 5, 1]))
+    with torch.no_grad():
+        wide.weight.weight.copy_(torch.tensor([[1.0], [10.0], [100.0]]))
+    found = wide(Bags.of_lists([np.array([0, 2]), np.array([], np.int64), np.array([1, 7])]))  # 7 has no training event
+    expected = [[10 * (idf[0] + 100 * idf[2]) / np.hypot(idf[0], idf[2])], [0.0], [100.0]]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+
+
 def test_a_masked_user_trains_no_profile() -> None:
-    task = Profile("p", "taste", ("a", "b"), 2)
+    task = Profile("p", "taste", ("a", "b"), 2, 3)
     batch = make_batch([0], [0], [True], [NAN])
     batch.profile_B["taste"] = torch.tensor([-1, -1])
     assert float(task.count(batch)) == 0
@@ -150,7 +182,7 @@ def test_every_task_takes_a_batch_without_its_labels() -> None:
         Binary("t", BinaryTask(kind="binary", label="y"), 4),
         Regression("t", "y", stats, 4),
         Similarity("s", 2, 0.1),
-        Profile("p", "taste", ("a", "b"), 2),
+        Profile("p", "taste", ("a", "b"), 2, 3),
     ]
     for task in tasks:
         loss = task.loss_sum(make_forward(shared), batch)

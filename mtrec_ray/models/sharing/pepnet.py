@@ -27,16 +27,15 @@ class GateUnit(nn.Module):
 class PEPNet(Sharing):
     """EPNet scales the input, PPNet scales the hidden layers of each task's tower:
 
-    e = U_e([context, sg(x)]) · x
+    e = U_e([sg(state), sg(item), sg(state) · sg(item), context]) · x
     h_t⁰ = e;  h_tˡ = U_tˡ([prior, sg(e)]) · gelu(W_tˡ h_tˡ⁻¹ + b_tˡ), l = 1, 2
     prior = [sg(state), sg(item), context]
 
-    sg is the stop-gradient. What stands for what: the paper's general embedding E is x; its domain feature is the
-    request context; its prior (user, item and author ids) are the state, the item vector and the request context. The
-    paper's ids have embeddings of their own for the gates; here state and item vector are the trunk's and the item tower's,
-    so the gates read them under the stop-gradient that the paper puts on E: gates choose, they do not teach the trunk.
-    Context embeddings are trained through the gates too, as in the paper. All of it is scaled after the activation, so a
-    gate is the last word on what the next layer or the head reads. The gates of one layer share their hidden layer among
+    sg is the stop-gradient. What stands for what: the paper's general embedding E is x; its domain feature is the request
+    context; its prior (user, item and author ids) is the state, the item vector and the request context. The paper's ids have
+    embeddings of their own for the gates. Here state and item vector are the trunk's and the item tower's, so the gates
+    read them under the stop-gradient that the paper puts on E: gates choose, they do not teach the trunk. Embeddings of
+    the context are trained through the gates too, as in the paper. The gates of one layer share their hidden layer among
     tasks, as in the paper.
     """
 
