@@ -41,6 +41,8 @@ bench: install
 	$(BIN)/python -m benchmarks.prepare --curve 1e6,1e7,1e8
 	$(BIN)/python -m benchmarks.append
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.trunks
+	$(BIN)/python -m benchmarks.vs_sasrec
 
 clean:
 	rm -rf runs .data

@@ -1,8 +1,9 @@
-"""Training for a number of seconds of one thread, with the valid metric along the way."""
+"""Training for a number of seconds of one thread, with the valid metric or the model along the way."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import subprocess
 import sys
 import time
@@ -39,33 +40,45 @@ class _Enough(Exception):
     pass
 
 
-def train_for(config: RunConfig, run: Path, text: bool, seconds: float, every: float) -> tuple[list[dict[str, float]], Recommender]:
-    """The loop for about so many seconds of processor time, which are those of a clock on an idle machine. Evaluation is not
-    counted -> the points measured after about `every` seconds each, and the model."""
+def train_for(
+    config: RunConfig, run: Path, text: bool, seconds: float, every: float, models: bool = False, warm_up: bool = False
+) -> list[dict[str, Any]]:
+    """The loop for about so many seconds of processor time, which are those of the wall on an idle machine; evaluation and a
+    warm-up epoch are not counted. -> points after about `every` seconds each, with `ndcg@10` of valid, or `model`."""
     torch.set_num_threads(1)
     data = storage.Directory(run / "data")
     schema, catalogue = load_schema(data.prefix), storage.read_table(data.path("catalogue.parquet"))
     text_NE = load_text_vectors(storage.Directory(run / "text").prefix, catalogue) if text else None
     model = build_model(config, schema, text_NE)
     tell_items(model, catalogue)
-    feed = build_feed(config, schema, mapped_windows(data.prefix, "train"), 0, 1)
+    cache = mapped_windows(data.prefix, "train")
+    feed, per_epoch = build_feed(config, schema, cache, 0, 1), int(cache.columns["target_positive"].sum())
     measure = valid_evaluator(config, schema, catalogue, mapped_windows(data.prefix, "valid"))
-    points: list[dict[str, float]] = []
-    spent, due, epochs, begun, last = 0.0, every, 0, time.process_time(), {"retrieval": {"ndcg@10": 0.0}}
+    points: list[dict[str, Any]] = []
+    last: Any = {"retrieval": {"ndcg@10": 0.0}}
+    spent, wall, due, epochs, skip = 0.0, 0.0, every, 0, warm_up
+    begun = time.process_time(), time.perf_counter()
 
     def evaluate(kept: Recommender) -> Any:
-        nonlocal spent, due, epochs, begun, last
-        spent += time.process_time() - begun
-        epochs += 1
-        if spent >= due or spent >= seconds:
+        nonlocal spent, wall, due, epochs, skip, begun, last
+        if skip:
+            skip = False
+        else:
+            spent, wall, epochs = spent + time.process_time() - begun[0], wall + time.perf_counter() - begun[1], epochs + 1
+        if epochs and (spent >= due or spent >= seconds):
             due += every * (1 + (spent - due) // every)
-            last = measure(kept)
-            points.append({"seconds": spent, "epochs": epochs, "ndcg@10": last["retrieval"]["ndcg@10"]})
+            point: dict[str, Any] = {"seconds": spent, "wall": wall, "epochs": epochs, "targets": epochs * per_epoch}
+            if models:
+                point["model"] = copy.deepcopy(kept)
+            elif not warm_up:
+                last = measure(kept)
+                point["ndcg@10"] = last["retrieval"]["ndcg@10"]
+            points.append(point)
         if spent >= seconds:
             raise _Enough
-        begun = time.process_time()
+        begun = time.process_time(), time.perf_counter()
         return last
 
     with contextlib.suppress(_Enough):
         fit(config, model, feed, evaluate, lambda *_: None)
-    return points, model
+    return points

@@ -12,7 +12,7 @@ from mtrec_ray.config.base import Int, Model
 class ModelConfig(Model):
     """The trunk, the item tower and the sharing layers."""
 
-    trunk: Literal["sasrec", "ligr", "hstu"] = "sasrec"
+    trunk: Literal["sasrec", "ligr", "hstu"] = "hstu"
     """What reads the history; see docs/models.md."""
     width: Int = Field(default=64, ge=4)
     """D."""
