@@ -47,7 +47,7 @@ def train_for(config: RunConfig, run: Path, text: bool, seconds: float, every: f
     schema, catalogue = load_schema(data.prefix), storage.read_table(data.path("catalogue.parquet"))
     text_NE = load_text_vectors(storage.Directory(run / "text").prefix, catalogue) if text else None
     model = build_model(config, schema, text_NE)
-    tell_items(model, catalogue)
+    tell_items(model, catalogue, config)
     feed = build_feed(config, schema, mapped_windows(data.prefix, "train"), 0, 1)
     measure = valid_evaluator(config, schema, catalogue, mapped_windows(data.prefix, "valid"))
     points: list[dict[str, float]] = []
