@@ -133,7 +133,8 @@ class Predictor:
         self.config, self.schema, self.fingerprint = config, schema, fingerprint
         self.device = torch.device(device)
         self.model = model.eval()
-        model.read_catalogue(catalogue)
+        evaluation = config.evaluation
+        model.read_catalogue(catalogue, (*evaluation.profile_folds_test, evaluation.profile_fold_valid))
         self.item_codes = {spec.name: item_features.codes(catalogue, spec.name) for spec in schema.item_features}
         """Item feature -> (N, longest) numbers of its vocabulary."""
         self.item_ids: list[str] = catalogue["item_id"].to_pylist()

@@ -79,7 +79,7 @@ class Interest(UserTask):
         share_MC = self.share_NC[targets.item_M] * targets.positive_M[:, None]
         usable = share_MC.sum(1) > 0
         place_M = (targets.window_M * L + targets.pos_M)[usable]
-        at_BLC = share_MC.new_zeros(B * L, share_MC.shape[1]).index_add(0, place_M, share_MC[usable]).view(B, L, -1)
+        at_BLC = share_MC.new_zeros(B * L, share_MC.shape[1]).index_add(0, place_M, share_MC[usable]).view(B, L, len(self.classes))
         later_BLC = at_BLC.flip(1).cumsum(1).flip(1)
         place_R = torch.unique(place_M)
         window_R = place_R // max(L, 1)

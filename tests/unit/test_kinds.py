@@ -415,3 +415,43 @@ def test_days_appended_have_the_item_features_of_preparing_everything_at_once(tm
     assert grown.manifest["generation"] == 1 and told(grown) == told(at_once)
     assert load_schema(grown.prefix).item_features == load_schema(at_once.prefix).item_features
     assert told(grown)[-1] == {"item_id": "new", "feature_genre": 2, "feature_tags": [1, 2]}  # "strange" is no training item's
+
+
+# --------------------------------------------------------------------------- on several ranks
+
+
+def losses_of(predictor: Predictor, cache: WindowCache, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (loss sums, counts) of every task on some windows, without dropout."""
+    batch = collate(cache, index, predictor.schema, masked_folds=(0, 1, 2))
+    sums, _ = predictor.model(batch)
+    return torch.stack(list(sums)), predictor.model.counts(batch)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(run: tuple[storage.Directory, Predictor]) -> None:
+    """What ranks sum is what one worker would have: the mean loss does not depend on who had which window."""
+    data, predictor = run
+    train = windows_of(data, "train")
+    whole, count = losses_of(predictor, train, np.arange(12))
+    parts = [losses_of(predictor, train, index) for index in (np.arange(5), np.arange(5, 12))]
+    total = sum(p[1] for p in parts)
+    present = count > 0
+    mean = sum(p[0] for p in parts)[present] / total[present]  # type: ignore[index]
+    torch.testing.assert_close(mean, whole[present] / count[present], rtol=1e-5, atol=1e-6)
+    assert int(present.sum()) >= 12  # without pairs there is no similarity
+
+
+def test_a_batch_without_labels_gives_every_kind_a_zero_with_gradients(run: tuple[storage.Directory, Predictor]) -> None:
+    """A rank without labels takes part in every collective; item attributes are on every rank."""
+    data, predictor = run
+    train = windows_of(data, "train")
+    model = build_model(predictor.config, predictor.schema, None)
+    model.read_catalogue(storage.read_table(data.path("catalogue.parquet")), (0, 1, 2))
+    batch = collate(train, np.zeros(0, np.int64), predictor.schema)
+    losses, _ = model(batch)
+    for task, loss in zip(model.task_list, losses, strict=True):
+        if task.name not in ("genre", "tagged"):
+            assert float(loss) == 0 == float(task.count(batch)), task.name
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        missing = [n for n, p in task.named_parameters() if p.grad is None]
+        assert not missing, (task.name, missing)
