@@ -131,7 +131,7 @@ class Run:
         storage.write_json(storage.join(kept, "slices.json"), found.slices)
         storage.write_bytes(storage.join(kept, "resamples.npz"), found.resamples)
         storage.write_bytes(storage.join(kept, "curves.npz"), found.curves)
-        settings, meaning = self.config.evaluation, {"kind", "label", "labels", "attribute", "interest", "column", "positive"}
+        settings, meaning = self.config.evaluation, {"kind", "label", "attribute", "positive"}
         self.evaluation.publish(
             inputs, kind="evaluation", bundle=fingerprint, data=self.data.manifest["inputs"], protocol=self.config.data.protocol,
             resamples=settings.bootstrap, seed=settings.seed, profile_folds=sorted(settings.profile_folds_test),

@@ -133,8 +133,7 @@ class Predictor:
         self.config, self.schema, self.fingerprint = config, schema, fingerprint
         self.device = torch.device(device)
         self.model = model.eval()
-        evaluation = config.evaluation
-        model.read_catalogue(catalogue, (*evaluation.profile_folds_test, evaluation.profile_fold_valid))
+        model.read_catalogue(catalogue)
         self.item_codes = {spec.name: item_features.codes(catalogue, spec.name) for spec in schema.item_features}
         """Item feature -> (N, longest) numbers of its vocabulary."""
         self.item_ids: list[str] = catalogue["item_id"].to_pylist()
