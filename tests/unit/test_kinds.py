@@ -445,7 +445,7 @@ def test_a_batch_without_labels_gives_every_kind_a_zero_with_gradients(run: tupl
     data, predictor = run
     train = windows_of(data, "train")
     model = build_model(predictor.config, predictor.schema, None)
-    model.read_catalogue(storage.read_table(data.path("catalogue.parquet")), (0, 1, 2))
+    model.read_catalogue(storage.read_table(data.path("catalogue.parquet")))
     batch = collate(train, np.zeros(0, np.int64), predictor.schema)
     losses, _ = model(batch)
     for task, loss in zip(model.task_list, losses, strict=True):
