@@ -44,7 +44,7 @@ class Profile(UserTask):
         classes: tuple[str, ...],
         width: int,
         n_train_items: int,
-        wide_penalty: float = 5e-4,
+        wide_penalty: float = 2.5e-4,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
