@@ -38,8 +38,8 @@ from mtrec_ray.training.worker import build_model, load_schema, mapped_windows, 
 CONFIG, ROOT, SEEDS, BOOSTING = "jobs/configs/ml100k.yaml", Path("runs/bench/ranking-tasks"), (0, 1, 2), "gradient_boosting"
 TARGET = "like AUC above and rating RMSE below gradient boosting, 95 % paired intervals without 0"
 SETTINGS = [
-    "data.protocol=time", "model.action_means=true", "tasks.rating.weight=0.5", "tasks.like.weight=0.3", "train.epochs=40",
-    "train.evaluate_every=2", "train.patience=10", "train.monitor=gain",
+    "data.protocol=time", "tasks.rating.weight=0.5", "tasks.like.weight=0.3", "train.epochs=30",
+    "train.evaluate_every=3", "train.patience=9", "train.monitor=gain",
 ]  # fmt: skip
 METRICS = {"like": "auc", "rating": "rmse"}
 
