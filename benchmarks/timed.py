@@ -50,7 +50,7 @@ def train_for(
     schema, catalogue = load_schema(data.prefix), storage.read_table(data.path("catalogue.parquet"))
     text_NE = load_text_vectors(storage.Directory(run / "text").prefix, catalogue) if text else None
     model = build_model(config, schema, text_NE)
-    tell_items(model, catalogue, config)
+    tell_items(model, catalogue)
     cache = mapped_windows(data.prefix, "train")
     feed, per_epoch = build_feed(config, schema, cache, 0, 1), int(cache.columns["target_positive"].sum())
     measure = valid_evaluator(config, schema, catalogue, mapped_windows(data.prefix, "valid"))

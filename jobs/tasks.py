@@ -92,7 +92,11 @@ def _runner(parallel: int) -> Runner:
 
     def in_ray(bench: Bench, cells: Sequence[Cell]) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from runtime.for_each(
-            run_cell, bench, list(cells), "tasks: cells", {"num_cpus": 1, "compute": TaskPoolStrategy(size=parallel)}
+            run_cell,
+            bench,
+            list(cells),
+            "tasks: cells",
+            {"num_cpus": 1, "compute": TaskPoolStrategy(size=min(parallel, len(cells)))},
         )
 
     return in_ray

@@ -13,7 +13,7 @@ from jobs.command import USER_ERRORS, plain, show_log
 from mtrec_ray import storage
 from mtrec_ray.config import load_config
 from mtrec_ray.tuning.space import load_space
-from mtrec_ray.tuning.trials import finalist_table, lines, summary, table
+from mtrec_ray.tuning.trials import changes, finalist_table, lines, summary, table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     if outcome.finalists:
         print(f"\nFinalists, valid {outcome.monitor} with other seeds\n\n{lines(finalist_table(outcome.finalists))}")
     assert outcome.best is not None
+    if outcome.best.number:
+        print(f"\n{lines(changes(outcome.trials[0], outcome.best))}")
     print(f"\nbest: trial {outcome.best.number} in {storage.join(out, 'best.yaml')}; all trials: {storage.join(out, 'trials.csv')}")
     if any(t.state in ("waiting", "unfinished") for t in outcome.trials):
         print("not all trials are over: the same command goes on with them")

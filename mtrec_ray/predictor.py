@@ -133,8 +133,7 @@ class Predictor:
         self.config, self.schema, self.fingerprint = config, schema, fingerprint
         self.device = torch.device(device)
         self.model = model.eval()
-        evaluation = config.evaluation
-        model.read_catalogue(catalogue, (*evaluation.profile_folds_test, evaluation.profile_fold_valid))
+        model.read_catalogue(catalogue)
         self.item_codes = {spec.name: item_features.codes(catalogue, spec.name) for spec in schema.item_features}
         """Item feature -> (N, longest) numbers of its vocabulary."""
         self.item_ids: list[str] = catalogue["item_id"].to_pylist()
@@ -252,9 +251,8 @@ class Predictor:
         tasks = {n: t for n, t in self.model.pointwise.items() if t.several_numbers}
         if not tasks:
             return {}
-        B, K = item_BK.shape
-        context_B = context_B | {n: v.expand(B, *v.shape[1:]) for n, v in self.fixed.items()}
-        shared = self.model.share(state_BD[:, None, :].expand(B, K, -1), self.item_vec_ND[item_BK.clamp(min=0)], context_B)
+        context_B = context_B | {n: v.expand(len(item_BK), *v.shape[1:]) for n, v in self.fixed.items()}
+        shared = self.model.share(state_BD[:, None, :], self.item_vec_ND[item_BK.clamp(min=0)], context_B)
         return {name: task.distribution(shared[name]) for name, task in tasks.items()}
 
     def finalise(self, candidates: Candidates, predictions: dict[str, Tensor], k: int) -> Ranked:

@@ -22,7 +22,7 @@ EXCLUDED_RANK = 2**40
 RANKING_CUTS = {"hr@10": 10, "recall@10": 10, "recall@20": 20, "recall@100": 100, "precision@10": 10, "ndcg@10": 10}
 RANKING = (*RANKING_CUTS, "ndcg", "mrr", "map")
 LISTS = ("novelty@10", "diversity@10", "popularity_lift@10")
-LOWER_IS_BETTER = frozenset({"rmse", "mae", "logloss", "normalised_entropy", "ece", "gini@10", "popularity_lift@10"})
+LOWER_IS_BETTER = frozenset({"rmse", "mae", "logloss", "normalised_entropy", "ece", "gini@10", "popularity_lift@10", "kl"})
 """Metrics whose smaller value is the better one."""
 BINS = 15
 """Equal-width bins of the reliability curve."""

@@ -226,7 +226,7 @@ class _Page:
         tables = {}
         for name, task in self.predictor.model.profiles.items():
             counts = self.curves.get(f"model|{name}|confusion")
-            if counts is not None and task.attribute not in self.predictor.schema.sensitive:
+            if counts is not None and task.key not in self.predictor.schema.sensitive:
                 tables[name] = (counts, task.classes)
         return f.confusion(tables) if tables else ""
 

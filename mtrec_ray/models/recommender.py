@@ -32,6 +32,7 @@ class Recommender(nn.Module):
     def __init__(self, config: RunConfig, schema: LogSchema, text_NE: Tensor | None) -> None:
         super().__init__()
         self.schema, self.seed = schema, config.seed
+        self.held_folds = (*config.evaluation.profile_folds_test, config.evaluation.profile_fold_valid)
         text_width = 0 if text_NE is None else text_NE.shape[1]
         self.register_buffer("text_NE", text_NE, persistent=False)
         self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)
@@ -46,10 +47,9 @@ class Recommender(nn.Module):
         self.chains = Chains(config.tasks, config.model.sharing_width)
         self.tasks = nn.ModuleDict(tasks)
         self.reads_state = any(t.reads_state for t in tasks.values())
-        # what no task reads is not trained: DDP would wait for its gradients
-        idle = [] if pointwise else [self.sharing, self.request_context]
-        for module in [*idle, *([] if self.reads_state else [self.tokens, self.trunk])]:
-            module.requires_grad_(False)
+        if not self.reads_state:  # what no task reads is not trained: DDP would wait for its gradients
+            self.tokens.requires_grad_(False)
+            self.trunk.requires_grad_(False)
 
     # -- tasks by kind
 
@@ -77,13 +77,13 @@ class Recommender(nn.Module):
     def item_tasks(self) -> dict[str, ItemTask]:
         return {t.name: t for t in self.task_list if isinstance(t, ItemTask)}
 
-    def read_catalogue(self, catalogue: pa.Table, held_folds: tuple[int, ...]) -> None:
+    def read_catalogue(self, catalogue: pa.Table) -> None:
         """Give the tasks what they know of items beside vectors; needed before training and before inference.
 
-        catalogue: as prepare wrote it; held_folds: folds whose labels are masked in training.
+        catalogue: as prepare wrote it.
         """
         for task in self.task_list:
-            task.read_catalogue(catalogue, self.schema, held_folds)
+            task.read_catalogue(catalogue, self.schema, self.held_folds)
 
     # -- training
 

@@ -20,7 +20,7 @@ import torch
 from mtrec_ray import storage
 from mtrec_ray.config import GAIN, RunConfig, parse_config
 from mtrec_ray.encoders.cache import load_text_vectors
-from mtrec_ray.evaluation.evaluate import MODEL, USERS_AT_ONCE, user_blocks
+from mtrec_ray.evaluation.evaluate import MODEL, USERS_AT_ONCE, evaluate_items, user_blocks
 from mtrec_ray.evaluation.measure import Model, measure
 from mtrec_ray.evaluation.reduce import WHOLE, Reducer, Summary, points_of, summarise, whole
 from mtrec_ray.evaluation.statistics import Resampler, Statistics
@@ -211,13 +211,15 @@ def _predictor(bench: Bench, config: RunConfig, fitted: Fitted) -> Predictor:
 
 
 def judge(predictor: Predictor, cache: WindowCache, folds: tuple[int, ...]) -> Summary:
-    """Every task's metrics on a split, with the bootstrap's resamples; no lists and no slices."""
+    """Every task's metrics on a split (those told of items on the same folds), with the bootstrap's resamples; no lists and
+    no slices."""
     settings = predictor.config.evaluation
     resampler = Resampler(settings.bootstrap, settings.seed)
     reducer, system, parts = Reducer(predictor, resampler, folds), Model(predictor), []
     for block in user_blocks(cache.user_ids, USERS_AT_ONCE):
         facts, answers = measure({MODEL: system}, predictor, cache, block, settings.batch_windows, lists=False)
         parts.append(reducer(facts, answers[MODEL], {WHOLE: whole(facts)}).get(WHOLE, Statistics()))
+    parts += [found[WHOLE] for found in evaluate_items({MODEL: system}, predictor, resampler, folds).values()]
     return summarise(Statistics.merge(parts), dict(predictor.config.tasks), resampler)
 
 

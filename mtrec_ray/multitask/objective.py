@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mtrec_ray.config import ProfileTask, RunConfig
+from mtrec_ray.config import ItemAttributeTask, ProfileTask, RunConfig
 from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER, RANKING
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks import KINDS
@@ -20,10 +20,11 @@ METRICS: dict[str, tuple[str, ...]] = {
     "profile": ("macro_f1", "accuracy", "auc"),
     "multiclass": ("macro_f1", "accuracy", "logloss"),
     "multilabel": ("macro_auc", "micro_auc", "logloss"),
+    "item_attribute": ("accuracy", "macro_f1", "macro_auc", "micro_auc"),
 }
 """Kind of a task -> metrics that it can be judged by; the first is the default. Other kinds: what the report shows of them."""
-TWO_CLASSES = {"profile": "auc"}
-"""The default where the attribute has two classes."""
+INTEREST = ("hit@1", "logloss", "kl")
+"""Those of a profile that tells an interest."""
 
 
 class MetricError(ValueError):
@@ -54,15 +55,19 @@ def choose_metrics(config: RunConfig, schema: LogSchema, chosen: Sequence[str] =
 
 def _default(name: str, config: RunConfig, schema: LogSchema) -> str:
     task = config.tasks[name]
-    if isinstance(task, ProfileTask):
+    if isinstance(task, ProfileTask) and task.attribute is not None:
         classes = next(a.classes for a in schema.attributes if a.name == task.attribute)
-        if len(classes) == 2:
-            return TWO_CLASSES[task.kind]
+        return "auc" if len(classes) == 2 else "macro_f1"
+    if isinstance(task, ItemAttributeTask):
+        spec = next(s for s in schema.item_features if s.name == task.column)
+        return "macro_auc" if spec.kind == "multihot" else "accuracy"
     return _known(name, config)[0]
 
 
 def _known(name: str, config: RunConfig) -> tuple[str, ...]:
     task = config.tasks[name]
+    if isinstance(task, ProfileTask) and task.interest is not None:
+        return INTEREST
     return METRICS.get(task.kind) or (KINDS[task.kind].judge(name, task).main,)
 
 

@@ -63,7 +63,8 @@ def _cosines(study: dict[str, Any], tasks: list[str]) -> str:
 
 
 def _norms(study: dict[str, Any]) -> str:
-    return f.norms(study["gradients"]["norm"]) if study["gradients"] else ""
+    found = study["gradients"]
+    return f.norms({t: found["norm"][t] for t in study["tasks"] if t in found["norm"]}) if found else ""
 
 
 def _leave_one_out(study: dict[str, Any], tasks: list[str]) -> str:

@@ -74,7 +74,7 @@ class Interest(UserTask):
     def _trained(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """-> place_R (window · L + position), what the window's positive targets are from there on target_RC, weight_R."""
         if not len(self.share_NC):
-            raise RuntimeError(f"tasks.{self.name}: read_catalogue was not called; the model does not know the items' {self.key}")
+            raise RuntimeError(f"tasks.{self.name}: the model was not given the items' {self.key}; call read_catalogue first")
         targets, B, L = batch.targets, len(batch.history), batch.history.item_BS.shape[1] + 1
         share_MC = self.share_NC[targets.item_M] * targets.positive_M[:, None]
         usable = share_MC.sum(1) > 0

@@ -66,9 +66,7 @@ class ItemAttribute(ItemTask):
 
     def _items(self, batch: Batch) -> Tensor:
         if not len(self.label_NC):
-            raise RuntimeError(
-                f"tasks.{self.name}: read_catalogue was not called; the model does not know the items' {self.column}"
-            )
+            raise RuntimeError(f"tasks.{self.name}: the model was not given the items' {self.column}; call read_catalogue first")
         if len(self.trained_K) <= ITEMS_AT_ONCE:
             return self.trained_K
         generator = torch.Generator().manual_seed(batch.step)

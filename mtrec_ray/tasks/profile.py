@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from mtrec_ray.evaluation.reduce import Reduction
 
 
-DROPOUT, DEEP_PENALTY = 0.3, 300.0
-"""Of the deep term; its penalty is a multiple of the wide one's."""
+DEEP_PENALTY = 300.0
+"""The penalty of the deep term, as a multiple of the wide one's."""
 
 
 class Profile(UserTask):
@@ -38,13 +38,20 @@ class Profile(UserTask):
     """
 
     def __init__(
-        self, name: str, attribute: str, classes: tuple[str, ...], width: int, n_train_items: int, wide_penalty: float = 5e-4
+        self,
+        name: str,
+        attribute: str,
+        classes: tuple[str, ...],
+        width: int,
+        n_train_items: int,
+        wide_penalty: float = 5e-4,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.name, self.key, self.attribute, self.classes, self.wide_penalty = name, attribute, attribute, classes, wide_penalty
         self.wide = Wide(n_train_items, len(classes))
         self.bias = nn.Parameter(torch.zeros(len(classes)))
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, len(classes), bias=False)
         nn.init.zeros_(self.head.weight)
 
@@ -53,7 +60,7 @@ class Profile(UserTask):
         if config.attribute is None:
             return Interest.build(name, config, schema, model)
         classes = next(a.classes for a in schema.attributes if a.name == config.attribute)
-        return cls(name, config.attribute, classes, model.width, schema.n_train_items, config.wide_penalty)
+        return cls(name, config.attribute, classes, model.width, schema.n_train_items, config.wide_penalty, model.dropout)
 
     def read_catalogue(self, catalogue: pa.Table, schema: LogSchema, held_folds: tuple[int, ...]) -> None:
         self.wide.count_items(catalogue["count"].to_numpy()[: schema.n_train_items])

@@ -62,9 +62,9 @@ def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | No
     return Recommender(config, schema, text_NE)
 
 
-def tell_items(model: Recommender, catalogue: pa.Table, config: RunConfig) -> None:
+def tell_items(model: Recommender, catalogue: pa.Table) -> None:
     """What a fresh model must know of the items before it is trained."""
-    model.read_catalogue(catalogue, (*config.evaluation.profile_folds_test, config.evaluation.profile_fold_valid))
+    model.read_catalogue(catalogue)
     known = catalogue.slice(0, model.schema.n_train_items)
     model.fit_items(hash_ids(known["item_id"]), torch.from_numpy(known["count"].to_numpy().astype(np.float64)))
 
@@ -154,7 +154,7 @@ def run_worker(
     valid = mapped_windows(data_prefix, "valid")
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
-    tell_items(model, catalogue, config)
+    tell_items(model, catalogue)
     device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tensor cores for what stays float32

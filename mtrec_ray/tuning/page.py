@@ -37,7 +37,7 @@ def page(name: str, trials: Sequence[Trial], finalists: Sequence[Finalist]) -> s
     if finalists:
         rows = finalist_table(finalists)
         parts.append(f"<h2>Finalists, retrained with other seeds</h2>{f.html_table(rows[0], rows[1:])}")
-    rows = table(trials, len(trials))
+    rows = table(trials, len(trials), values=True)
     parts.append(f"<h2>Trials</h2>{f.html_table(rows[0], rows[1:])}")
     failed = [[t.name, t.state, t.message] for t in trials if t.message]
     if failed:

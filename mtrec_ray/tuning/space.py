@@ -49,11 +49,15 @@ NEVER = {
     "evaluation": JUDGED + "; set it in the configuration",
     "ranking": JUDGED + "; set it in the configuration",
     "scoring": "is not trained with; leave it out",
+    "balancing.record": "measures and trains nothing; leave it out",
+    "balancing.record_every": "measures and trains nothing; leave it out",
     **{f"train.{n}": "is set by the job for all trials; leave it out"
        for n in ("workers", "threads", "use_gpu", "feed", "stream_buffer", "checkpoint_every", "max_failures")},
 }  # fmt: skip
-NOT_SEARCHED = {f"train.{n}": JUDGED + "; put it under fixed" for n in ("epochs", "patience", "monitor", "evaluate_every")}
-TASK_MEANING = {"kind", "label", "attribute", "positive"}
+NOT_SEARCHED = {
+    f"train.{n}": JUDGED + "; put it under fixed" for n in ("epochs", "patience", "monitor", "reference", "evaluate_every")
+}
+TASK_MEANING = {"kind", "label", "labels", "attribute", "interest", "column", "positive"}
 
 
 class Distribution(Model):

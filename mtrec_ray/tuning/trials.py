@@ -18,6 +18,8 @@ from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER
 State = Literal["waiting", "unfinished", "stopped", "done", "failed", "refused"]
 """`stopped`: by ASHA; its best value so far counts. `done`: all epochs or out of patience. `unfinished`: goes on when the
 job is started again; its best value so far counts too. `refused`: a point that the run configuration does not accept."""
+TELLING = ("ndcg@10", "rmse", "auc", "hit@10", "macro_f1", "accuracy")
+"""The metric that stands for a task in a table: the first of these that it has."""
 OVER = ("stopped", "done", "failed", "refused")
 
 
@@ -169,18 +171,35 @@ def shown(value: Any) -> Any:
     return value if isinstance(value, str | int) and not isinstance(value, bool) else json.dumps(value)
 
 
-def table(trials: Sequence[Trial], best: int = 10) -> list[list[str]]:
-    """Header and rows for people: the start, then the best ones."""
-    keys = list(dict.fromkeys(k for t in trials for k in t.values))
+def table(trials: Sequence[Trial], best: int = 10, values: bool = False) -> list[list[str]]:
+    """Header and rows for people: the start, then the best ones, with a metric of every task at the best epoch.
+
+    values: the searched values too, which makes a wide table.
+    """
     monitor = trials[0].monitor
+    keys = list(dict.fromkeys(k for t in trials for k in t.values)) if values else []
     start = [t for t in trials if t.number == 0]
-    rows = [t for t in ranked(trials) if t.number != 0][:best]
-    out = [["trial", f"valid {monitor}", "epochs", "state", *keys]]
-    for t in start + rows:
-        name = "start" if t.number == 0 else str(t.number)
-        value = "" if t.value is None else f"{t.value:.4f}"
-        out.append([name, value, str(t.epochs), t.state, *[str(shown(t.values.get(k, ""))) for k in keys]])
+    rows = start + [t for t in ranked(trials) if t.number != 0][:best]
+    measured = [t.best.valid for t in rows if t.best is not None]
+    metrics = [m for m in (_telling(measured[0]) if measured else []) if m != monitor]
+    out = [["trial", f"valid {monitor}", *metrics, "epochs", "state", *keys]]
+    for t in rows:
+        valid = {} if t.best is None else t.best.valid
+        numbers = [f"{valid[m]:.4f}" if m in valid else "" for m in (monitor, *metrics)]
+        cells = [str(t.epochs), t.state, *[str(shown(t.values.get(k, ""))) for k in keys]]
+        out.append(["start" if t.number == 0 else str(t.number), *numbers, *cells])
     return out
+
+
+def _telling(valid: dict[str, float]) -> list[str]:
+    """The first of TELLING that each task has."""
+    tasks = sorted({name.partition("/")[0] for name in valid if "/" in name})
+    return [next(f"{t}/{m}" for m in TELLING if f"{t}/{m}" in valid) for t in tasks if any(f"{t}/{m}" in valid for m in TELLING)]
+
+
+def changes(start: Trial, best: Trial) -> list[list[str]]:
+    """Header and rows for people: every searched key, as it was and as it is best."""
+    return [["", "start", "best"], *[[k, str(shown(start.values.get(k, ""))), str(shown(v))] for k, v in best.values.items()]]
 
 
 def finalist_table(finalists: Sequence[Finalist]) -> list[list[str]]:

@@ -67,3 +67,20 @@ def test_training_that_would_wait_for_ever_is_refused(ray_cluster: Any, tmp_path
     config = load_config(write_config(tmp_path, workers=64))
     with pytest.raises(runtime.PreflightError, match=r"train\.workers is 64.*4 CPUs"):
         runtime.preflight(config, str(tmp_path))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_cells_of_the_conflict_report_run_as_ray_tasks_and_are_not_run_again(ray_cluster: Any, tmp_path: Path) -> None:
+    from jobs import tasks
+
+    config = write_config(tmp_path, workers=1)
+    raw = yaml.safe_load(config.read_text())
+    raw["tasks"] = {n: raw["tasks"][n] for n in ("retrieval", "rating")}
+    config.write_text(yaml.safe_dump(raw, sort_keys=False))
+    arguments = ["--config", str(config), "--run", str(tmp_path / "run"), "--epochs", "1", "--seeds", "1", "--parallel", "2"]
+    assert tasks.main(arguments) == 0
+    cells = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "tasks" / "cells").glob("*.json")}
+    assert len(cells) == 3 and (tmp_path / "run" / "tasks" / "tasks.html").exists()
+    assert tasks.main(arguments) == 0
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "tasks" / "cells").glob("*.json")} == cells

@@ -147,6 +147,8 @@ def test_gradients_are_kept_per_epoch_with_their_means() -> None:
 
 
 def test_every_cell_has_the_same_budget_and_a_task_alone_stands_for_itself(bench: Bench) -> None:
+    impatient = bench.config.model_copy(update={"train": bench.config.train.model_copy(update={"patience": 1})})
+    bench = replace(bench, config=impatient)
     alone, joint = bench.single("rating", 5), replace(bench.plain, balancing="uncertainty", reference={"rating": 1.0})
     a, b = bench.cell_config(alone), bench.cell_config(joint)
     assert list(a.tasks) == ["rating"] and a.tasks["rating"].weight == 1 and a.seed == 5
@@ -226,6 +228,33 @@ def test_the_test_metrics_are_those_of_the_evaluation(bench: Bench, tiny_run: Ti
 def test_cells_of_one_seed_train_on_the_same_steps(bench: Bench) -> None:
     steps = {c.tasks: run_cell(bench, c)["steps"] for c in (bench.single("rating", 0), bench.single("retrieval", 0), bench.plain)}
     assert len(set(steps.values())) == 1 and min(steps.values()) > 0
+
+
+def test_every_kind_of_task_can_stand_alone_and_together(tmp_path: Path) -> None:
+    tiny.write_log(tmp_path, items=80)  # enough for the folds of items
+
+    def every_kind(raw: dict[str, Any]) -> None:
+        raw["data"]["item_features"] = {"genre": {"kind": "categorical"}}
+        raw["data"]["text"]["template"] = "{name}"
+        raw["data"]["labels"]["rating"]["values"] = [1, 2, 3, 4, 5]
+        raw["tasks"] |= {
+            "stars": {"kind": "multiclass", "label": "rating"},
+            "both": {"kind": "multilabel", "labels": ["click", "like"]},
+            "taste_next": {"kind": "profile", "interest": "genre"},
+            "genre": {"kind": "item_attribute", "column": "genre"},
+        }
+
+    config = tiny.make_config(tmp_path, every_kind)
+    data = tiny.prepare_locally(config, tmp_path / "data")
+    metrics = choose_metrics(config, load_schema(data.prefix))
+    assert metrics["stars"] == "macro_f1" and metrics["taste_next"] == "hit@1" and metrics["genre"] == "accuracy"
+    bench = Bench(config, data.root, None, str(tmp_path / "cells"), metrics, epochs=1)
+    for cell in (bench.plain, *(bench.single(t, 0) for t in ("stars", "both", "taste_next", "genre", "similar"))):
+        found = run_cell(bench, replace(cell, reference={"rating": 1.0} if not cell.alone else {}))
+        assert "error" not in found, found["error"]
+        assert set(found["valid"]) <= set(cell.tasks) and {"stars", "both", "taste_next", "genre"} & set(cell.tasks) <= set(
+            found["resamples"]
+        )
 
 
 def test_a_training_that_breaks_is_an_answer_and_no_file(bench: Bench) -> None:

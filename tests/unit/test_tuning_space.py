@@ -59,6 +59,7 @@ GOOD = {"train.learning_rate": {"log_uniform": [0.0003, 0.003]}}
         ({"search": {"encoder.pooling": {"choice": ["mean", "cls"]}}}, r"encoder\.pooling: changes the prepared data"),
         ({"search": {"train.epochs": {"choice": [8, 16]}}}, r"search\.train\.epochs: says how .*put it under fixed"),
         ({"search": {"train.workers": {"choice": [1, 2]}}}, r"search\.train\.workers: is set by the job"),
+        ({"search": {"balancing.record": {"choice": [True, False]}}}, r"balancing\.record: measures and trains nothing"),
         ({"search": {"seed": {"int_uniform": [0, 9]}}}, r"search\.seed: is not searched.*--finalists"),
         ({"search": {"tasks.rating.label": {"choice": ["rating", "like"]}}}, r"tasks\.rating\.label: is what the task means"),
         ({"search": {"model": {"choice": [{"width": 8}, {"width": 16}]}}}, r"search\.model: is a whole section"),

@@ -16,6 +16,7 @@ from mtrec_ray.tuning.trials import (
     Epoch,
     Finalist,
     Trial,
+    changes,
     csv_text,
     finalist_table,
     lines,
@@ -138,7 +139,10 @@ def test_the_csv_has_a_row_for_every_trial_with_all_valid_metrics_at_its_best_ep
 def test_the_table_shows_the_start_first_and_then_the_best() -> None:
     rows = table([trial(0, 0.2), trial(1, 0.1), trial(2, 0.3), trial(3, 0.25, state="failed")], best=1)
     assert [r[0] for r in rows] == ["trial", "start", "2"]
-    assert lines(rows).splitlines()[1].split() == ["start", "0.2000", "1", "done", "8"]
+    assert lines(rows).splitlines()[1].split() == ["start", "0.2000", "0.5100", "1", "done"]
+    assert rows[0] == ["trial", f"valid {NDCG}", "click/auc", "epochs", "state"]
+    assert table([trial(0, 0.2)], values=True)[1][-1] == "8"
+    assert changes(trial(0), trial(2)) == [["", "start", "best"], ["model.width", "8", "24"]]
 
 
 def test_finalists_are_ranked_by_their_mean_and_only_when_all_seeds_are_done() -> None:

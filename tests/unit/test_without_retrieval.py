@@ -81,8 +81,8 @@ def test_serving_refuses_before_any_replica_starts(rated: tuple[storage.Director
     ("tasks", "idle"),
     [
         (RATING, set()),
-        ({"taste": {"kind": "profile", "attribute": "taste"}}, {"sharing", "request_context"}),
-        ({"similar": {"kind": "similarity"}}, {"sharing", "request_context", "tokens", "trunk"}),
+        ({"taste": {"kind": "profile", "attribute": "taste"}}, set()),
+        ({"similar": {"kind": "similarity"}}, {"tokens", "trunk"}),
     ],
 )
 def test_every_parameter_that_is_trained_gets_a_gradient(
@@ -96,7 +96,7 @@ def test_every_parameter_that_is_trained_gets_a_gradient(
     raw["train"] |= {"monitor": f"{next(iter(tasks))}/n"}
     model = Recommender(RunConfig.model_validate(raw), predictor.schema, None).train()
     train = WindowCache.from_table(storage.read_table(data.path("windows", "train")))
-    model(collate(train, np.arange(4), predictor.schema)).sum().backward()
+    torch.stack(model(collate(train, np.arange(4), predictor.schema))[0]).sum().backward()
     without = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is None}
     frozen = {n.split(".")[0] for n, p in model.named_parameters() if not p.requires_grad}
     assert without == frozen == idle
