@@ -23,9 +23,6 @@ class ModelConfig(Model):
     dropout: float = Field(default=0.3, ge=0, lt=1)
     id_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of items whose id residual is dropped in a step, so that text alone must serve."""
-    action_means: bool = False
-    """Every event also tells the trunk the mean of each action so far in the window; for ratings and clicks of users that
-    training hardly knows."""
     id_buckets: Int | None = Field(default=None, ge=2)
     """Rows of the table of id residuals, shared by hash of the item's id, for catalogues of many millions. Default: a row
     for every training item."""

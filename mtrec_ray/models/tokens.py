@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -41,32 +39,8 @@ class ActionEmbedding(nn.Module):
         return self.embedding((~missing).long()) + self.linear(standard[..., None])  # type: ignore[no-any-return]
 
 
-class RunningMeans(nn.Module):
-    """The mean of each action over the events up to and with this one, in standard deviations, and how many had it.
-
-    What an average user gives is the first thing that a rating depends on, and attention learns to average slowly.
-    """
-
-    def __init__(self, specs: Sequence[ActionSpec], width: int) -> None:
-        super().__init__()
-        self.specs = tuple(specs)
-        self.linear = nn.Linear(2 * len(self.specs), width, bias=False)
-        nn.init.normal_(self.linear.weight, std=0.02)
-
-    def forward(self, actions_BS: dict[str, Tensor]) -> Tensor:
-        """NaN is missing -> (B, S, D)."""
-        columns = []
-        for spec in self.specs:
-            value_BS = actions_BS[spec.name]
-            there_BS = ~torch.isnan(value_BS)
-            standard_BS = torch.where(there_BS, (torch.nan_to_num(value_BS) - spec.mean) / spec.std, 0.0).clamp(-LIMIT, LIMIT)
-            count_BS = there_BS.cumsum(1)
-            columns += [standard_BS.cumsum(1) / count_BS.clamp(min=1), torch.log1p(count_BS.float()) / 4]
-        return self.linear(torch.stack(columns, dim=-1))  # type: ignore[no-any-return]
-
-
 class EventTokens(nn.Module):
-    """item vector + actions + time gap + place in the session + features + running means -> token_BSD."""
+    """item vector + actions + time gap + place in the session + features -> token_BSD."""
 
     def __init__(self, config: ModelConfig, schema: LogSchema) -> None:
         super().__init__()
@@ -78,8 +52,6 @@ class EventTokens(nn.Module):
         if self.session is not None:
             nn.init.normal_(self.session.weight, std=0.02)
 
-        self.means = RunningMeans(schema.actions, config.width) if config.action_means and schema.actions else None
-
     def forward(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         token = item_vec_ND[history.item_BS] + self.gap(history.gap_BS)
         for name, embed in self.actions.items():
@@ -89,6 +61,4 @@ class EventTokens(nn.Module):
         if self.session is not None:
             assert history.session_BS is not None
             token = token + self.session(history.session_BS)
-        if self.means is not None:
-            token = token + self.means(history.actions_BS)
         return token
