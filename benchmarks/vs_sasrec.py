@@ -221,6 +221,7 @@ def main() -> int:
     wall = {name: median(r["wall"]) for name, r in found.items()}
     value = rate["ours"] / rate["rectools"]
     detail: dict[str, Any] = {
+        "asked": {"rounds": args.rounds, "seconds": args.seconds, "curve": args.curve},
         "settings": SAME, "batch": {"ours": 32, **BATCH}, "rounds": found, "median_targets_per_second": rate, "curves": curves,
         "ratio": {
             "rectools": value, "recbole": rate["ours"] / rate["recbole"], "rectools by the wall": wall["ours"] / wall["rectools"],

@@ -249,7 +249,8 @@ def file_fingerprint(uri: str | Path) -> str:
 
 @contextmanager
 def only_writer(root: str | Path) -> Iterator[None]:
-    """Hold a local root for one job, until it ends or dies. Raises StorageError while another job holds it.
+    """Hold a local root for one job, until it ends or dies. Raises StorageError while another job holds it, and where no folder
+    can be made.
 
     Object stores and filesystems without locks hold nothing: there, two jobs are kept apart by whoever starts them.
     """
@@ -257,8 +258,12 @@ def only_writer(root: str | Path) -> Iterator[None]:
         yield
         return
     folder = Path(resolve(root)[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:  # a file stands there, or the disk refuses
+        raise StorageError(f"{root}: cannot be written to ({error.strerror or error}); name another folder") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,7 +13,7 @@ GAIN = "gain"
 
 
 class BalancingConfig(Model):
-    """How the weights λ of L = Σ λᵢ Lᵢ are found; see docs/multitask.md."""
+    """How the weights λ of L = Σ λᵢ Lᵢ are found; see docs/balancing.md."""
 
     kind: Literal[
         "static", "uncertainty", "dwa", "famo", "mgda", "pcgrad", "cagrad", "aligned_mtl", "imtl_g", "upgrad", "nash_mtl"

@@ -347,3 +347,14 @@ def test_join_puts_one_slash_between_parts() -> None:
 
 def test_join_keeps_the_query_of_a_uri_at_its_end() -> None:
     assert storage.join("s3://bucket/a?region=eu-west-1", "b") == "s3://bucket/a/b?region=eu-west-1"
+
+
+@pytest.mark.parametrize("below", ["", "tasks", "a/b"])
+def test_a_folder_that_is_a_file_is_named_with_the_cure(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(StorageError, match=r"file.*cannot be written to.*another folder"),
+        storage.only_writer(tmp_path / "file" / below),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
