@@ -43,6 +43,7 @@ bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.multitask_vs_single
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.profiles
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking_tasks
 	$(BIN)/python -m benchmarks.balancer_cost
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.trunks
 	$(BIN)/python -m benchmarks.vs_sasrec
