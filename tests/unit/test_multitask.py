@@ -401,6 +401,10 @@ def test_what_this_machine_cannot_have_is_left_out_of_the_grid_with_the_reason(b
     assert [row["balancing"] for row in found["grid"]["rows"]] == ["static", "uncertainty"] and found["failed"] == []
     assert found["grid"]["refused"][0]["balancing"] == "upgrad" and "pip install" in found["grid"]["refused"][0]["why"]
 
+    with mock.patch.object(study_module, "check_machine", without_torchjd):
+        both = execute(Study(bench, Plan(seeds=1, sharing=("mmoe",), balancing=("upgrad",)), Counting()))
+    assert [(r["sharing"], r["balancing"]) for r in both["grid"]["rows"]] == [("shared_bottom", "static"), ("mmoe", "static")]
+
 
 def test_epochs_follow_from_the_slowest_model() -> None:
     assert fitting_epochs({"a": 2.0, "b": 6.0}, 3, 90) == 27
@@ -505,10 +509,15 @@ def one_task(raw: dict[str, Any]) -> None:
     raw["tasks"] = {"retrieval": raw["tasks"]["retrieval"]}
 
 
+def thirteen_tasks(raw: dict[str, Any]) -> None:
+    raw["tasks"] = {"retrieval": raw["tasks"]["retrieval"]} | {f"rating{i}": raw["tasks"]["rating"] for i in range(12)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "change", "says"),
     [
         ([], one_task, "nothing to compare"),
+        ([], thirteen_tasks, "13 are too many"),
         (["--metric", "ratings=rmse"], three_tasks, "--metric 'ratings=rmse'"),
         (["--metric", "rating=auc"], three_tasks, "--metric 'rating=auc'"),
         (["--balancing", "static,magic"], three_tasks, "--balancing: unknown ['magic']"),
