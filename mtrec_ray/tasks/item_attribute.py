@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mtrec_ray.training.feed import WindowCache
 
 ITEMS_AT_ONCE = 4096
-"""Items of a larger catalogue that a step trains, drawn from (seed of the task, step): the same on every rank."""
+"""Items of a larger catalogue that a step trains, drawn from the step alone: the same on every rank and for every such task."""
 
 
 class ItemAttribute(ItemTask):
