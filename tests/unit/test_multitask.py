@@ -20,7 +20,7 @@ from mtrec_ray.multitask import run as run_module
 from mtrec_ray.multitask import study as study_module
 from mtrec_ray.multitask.cells import Bench, Cell, run_cell, run_cells
 from mtrec_ray.multitask.findings import execute
-from mtrec_ray.multitask.objective import MetricError, choose_metrics, gains, mean_gain, relative_gain
+from mtrec_ray.multitask.objective import MetricError, check_choices, choose_metrics, gains, mean_gain, relative_gain
 from mtrec_ray.multitask.results import gradients, seesaw, summarise_gains
 from mtrec_ray.multitask.run import Settings, axis, study_tasks
 from mtrec_ray.multitask.study import Plan, Study, StudyError, fitting_epochs
@@ -117,6 +117,21 @@ def test_every_task_has_a_metric_and_it_can_be_chosen(tiny_run: TinyRun) -> None
     for wrong, says in {"nobody=auc": "nobody=auc", "rating": "TASK=METRIC", "rating=auc": "rmse"}.items():
         with pytest.raises(MetricError, match=says):
             choose_metrics(tiny_run.config, schema, [wrong])
+    with pytest.raises(MetricError, match=r"age_group=auc.* 3 classes"):
+        choose_metrics(tiny_run.config, schema, ["age_group=auc"])
+
+
+def test_a_metric_that_a_column_cannot_have_is_refused(tmp_path: Path) -> None:
+    def two_columns(raw: dict[str, Any]) -> None:
+        raw["data"]["text"] = {"template": "{name}", "title": "name"}
+        raw["data"]["item_features"] = {"genre": {"kind": "categorical"}, "tags": {"kind": "multihot", "separator": "|"}}
+        raw["tasks"] |= {c: {"kind": "item_attribute", "column": c} for c in ("genre", "tags")}
+
+    config = tiny.make_config(tmp_path, two_columns)
+    assert check_choices(config, ["genre=macro_f1", "tags=micro_auc"]) == {"genre": "macro_f1", "tags": "micro_auc"}
+    for wrong in ("genre=macro_auc", "tags=accuracy"):
+        with pytest.raises(MetricError, match=wrong):
+            check_choices(config, [wrong])
 
 
 def test_a_task_without_resamples_does_not_take_the_interval_of_the_mean() -> None:
