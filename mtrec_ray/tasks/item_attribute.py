@@ -117,7 +117,7 @@ class ItemAttributeJudge(Judge):
 
     def summarise(self, statistics: Statistics, resampler: Resampler) -> dict[str, FloatArray]:
         if f"{self.name}/classes" in statistics.sums:
-            return st.class_metrics(statistics.sums[f"{self.name}/classes"])
+            return st.class_metrics(statistics, self.name)
         judged = statistics.sums.get(f"{self.name}/judged", np.zeros(1))
         if not judged[0]:
             return {}
