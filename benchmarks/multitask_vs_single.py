@@ -109,10 +109,10 @@ def run(trials: list[Study]) -> dict[str, Any]:
         "chosen": {t: TRIALS[trials.index(s)] for t, s in chosen.items()} | {"together": TRIALS[trials.index(joint)]},
         "alone": {t: [singles[s][t]["test"][t][m] for s in SEEDS] for t, m in METRICS.items()},
         "together": {t: [c["test"][t][m] for c in joint.cells(cells)] for t, m in METRICS.items()},
-        "steps": {c["cell"]["name"]: c["steps"] for s in trials for c in s.found.values()},
+        "steps": sorted({int(c["steps"]) for s in trials for c in s.found.values()}),
     }  # fmt: skip
-    assert len(set(detail["steps"].values())) == 1, "the budgets differ"
-    detail["steps"] = next(iter(detail["steps"].values()))
+    assert len(detail["steps"]) == 1, "the budgets differ"
+    detail["steps"] = detail["steps"][0]
     return detail
 
 
@@ -128,11 +128,23 @@ def _stop(trials: list[Study]) -> None:
         raise RuntimeError("; ".join(broken))
 
 
+def _from_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Joint against single-task models on ML-100K.")
     parser.add_argument("--config", default=CONFIG)
-    parser.add_argument("--epochs", type=int, default=25, help="of every training (default 25)")
-    parser.add_argument("--trials", type=int, default=len(TRIALS), help=f"settings tried on each side, 1 to {len(TRIALS)}")
+    parser.add_argument("--epochs", type=_from_one, default=25, help="of every training (default 25)")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        choices=range(1, 1 + len(TRIALS)),
+        default=len(TRIALS),
+        help=f"settings tried on each side, 1 to {len(TRIALS)}",
+    )
     parser.add_argument("--run", default=RUN, help="run directory of data and text")
     parser.add_argument("--out", help="folder of the trainings (default RUN/cells)")
     parser.add_argument("--prepared", action="store_true", help="take data and text of --run as they are")

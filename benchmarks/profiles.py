@@ -28,7 +28,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 from benchmarks.report import finish
 from jobs.fetch import fetch_ml100k
 from mtrec_ray import storage
-from mtrec_ray.config import load_config
+from mtrec_ray.config import RunConfig, load_config
 from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.evaluation.measure import Model, Moments
 from mtrec_ray.predictor import Predictor
@@ -50,11 +50,20 @@ def folds_of(hashing: int) -> tuple[tuple[int, int], int]:
     return (2 * hashing, 2 * hashing + 1), (2 * hashing + 2) % 10
 
 
-def tell(hashing: int, data: storage.Directory, text: storage.Directory) -> Told:
-    """Train one hashing's model and logistic regression -> what both say of its test users."""
+def config_of(hashing: int) -> RunConfig:
     test_folds, valid_fold = folds_of(hashing)
     settings = [f"evaluation.profile_folds_test={list(test_folds)}", f"evaluation.profile_fold_valid={valid_fold}"]
-    config = load_config(CONFIG, [*settings, f"train.epochs={EPOCHS}"])
+    return load_config(CONFIG, [*settings, f"train.epochs={EPOCHS}"])
+
+
+def told_in(hashing: int, config: RunConfig, data: storage.Directory, text: storage.Directory) -> Path:
+    """The file of a hashing that is done; what another configuration or other data have told stands in another one."""
+    return ROOT / f"told-{hashing}-{run_identity(config, data, text)[:16]}.npz"
+
+
+def tell(hashing: int, config: RunConfig, data: storage.Directory, text: storage.Directory) -> Told:
+    """Train one hashing's model and logistic regression -> what both say of its test users."""
+    test_folds, valid_fold = folds_of(hashing)
     checkpoints = Checkpoints(str(ROOT / f"hashing-{hashing}"), run_identity(config, data, text))
     fitted = run_worker(config, data.prefix, text.prefix, lambda *_: None, checkpoints)
     schema, catalogue = load_schema(data.prefix), storage.read_table(data.path("catalogue.parquet"))
@@ -120,17 +129,16 @@ def judged(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     fetch_ml100k(Path(".data/ml-100k"))
-    for stage, made in (("prepare", "data"), ("encode", "text")):
-        if (ROOT / made / "manifest.json").exists():
-            continue
+    for stage in ("prepare", "encode"):  # reused where nothing has changed
         if subprocess.run([sys.executable, "-m", f"jobs.{stage}", "--config", CONFIG, "--out", str(ROOT)], check=False).returncode:
             return 2
     data, text = (storage.Directory(str(ROOT / n)) for n in ("data", "text"))
     parts: list[Told] = []
     for hashing in range(5):
-        kept = ROOT / f"told-{hashing}-{EPOCHS}-{data.manifest['inputs'][:12]}.npz"
+        config = config_of(hashing)
+        kept = told_in(hashing, config, data, text)
         if not kept.exists():
-            told: dict[str, Any] = tell(hashing, data, text)
+            told: dict[str, Any] = tell(hashing, config, data, text)
             np.savez_compressed(kept.with_suffix(".draft.npz"), **told)
             kept.with_suffix(".draft.npz").rename(kept)
         with np.load(kept) as found:

@@ -23,15 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--space", required=True, help="YAML of the search space, such as jobs/configs/tune/ml100k.yaml")
     parser.add_argument("--out", help="directory or URI (default runs/NAME-tune with the config's name)")
     parser.add_argument("--trials", type=_positive, default=32, help="configurations to try, the given one among them")
-    parser.add_argument("--minutes", type=float, help="budget of the search; start again with more to go on")
+    parser.add_argument("--minutes", type=_minutes, help="budget of the search; start again with more to go on")
     parser.add_argument("--parallel", type=_positive, help="trials at a time (default: one per core)")
     parser.add_argument("--finalists", type=_count, default=0, help="best trials that are retrained with other seeds")
     parser.add_argument("--seeds", type=_positive, default=3, help="seeds of each finalist")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", help="key.path=value, such as train.epochs=60")
     args = parser.parse_args(argv)
-    if args.minutes is not None and args.minutes <= 0:
-        parser.error("--minutes: a number above 0")
     show_log()
     try:
         config = load_config(args.config, args.overrides)
@@ -58,6 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     if any(t.state in ("waiting", "unfinished") for t in outcome.trials):
         print("not all trials are over: the same command goes on with them")
     return 0
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
 
 
 def _count(text: str) -> int:

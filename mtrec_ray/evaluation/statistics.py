@@ -144,7 +144,8 @@ class Statistics:
 def class_sums(
     name: str, label: IntArray, guess: IntArray, n_classes: int, unit: IntArray, weight_UR: FloatArray
 ) -> dict[str, FloatArray]:
-    """One class guessed of each judged thing -> `NAME/confusion` (label × guess) and `NAME/classes`, for `class_metrics`.
+    """One class guessed of each judged thing -> `NAME/confusion` (label × guess), `NAME/classes` and `NAME/units`, for
+    `class_metrics`.
 
     unit: what the bootstrap draws that each thing belongs to, among U.
     """
@@ -155,12 +156,15 @@ def class_sums(
     np.add.at(margins_3UC[0], (unit[right], guess[right]), 1)
     np.add.at(margins_3UC[1], (unit, label), 1)
     np.add.at(margins_3UC[2], (unit, guess), 1)
-    return {f"{name}/confusion": confusion, f"{name}/classes": np.tensordot(weight_UR, margins_3UC, (0, 1))}
+    classes = np.tensordot(weight_UR, margins_3UC, (0, 1))
+    return {f"{name}/confusion": confusion, f"{name}/classes": classes, f"{name}/units": np.array([float(len(np.unique(unit)))])}
 
 
-def class_metrics(margins_R3C: FloatArray) -> dict[str, FloatArray]:
-    """Right, labelled and guessed per class -> accuracy, and F1 averaged over the classes that occur as label or guess."""
-    if margins_R3C[0, 1].sum() < MIN_USERS:
+def class_metrics(statistics: Statistics, name: str) -> dict[str, FloatArray]:
+    """What `class_sums` counted, merged -> accuracy, and F1 averaged over the classes that occur as label or guess; of fewer
+    than MIN_USERS units, without resamples, however many things they are."""
+    margins_R3C = statistics.sums[f"{name}/classes"]
+    if statistics.sums[f"{name}/units"][0] < MIN_USERS:
         margins_R3C = margins_R3C[:1]
     right, both, total = margins_R3C[:, 0], margins_R3C[:, 1:].sum(1), margins_R3C[:, 1].sum(1)
     f1 = np.divide(2 * right, both, out=np.zeros_like(both), where=both > 0)

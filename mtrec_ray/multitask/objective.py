@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mtrec_ray.config import ItemAttributeTask, ProfileTask, RunConfig
+from mtrec_ray.config import BaseTask, ItemAttributeTask, ProfileTask, RunConfig
 from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER, RANKING
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks import KINDS
@@ -20,11 +20,12 @@ METRICS: dict[str, tuple[str, ...]] = {
     "profile": ("macro_f1", "accuracy", "auc"),
     "multiclass": ("macro_f1", "accuracy", "logloss"),
     "multilabel": ("macro_auc", "micro_auc", "logloss"),
-    "item_attribute": ("accuracy", "macro_f1", "macro_auc", "micro_auc"),
 }
 """Kind of a task -> metrics that it can be judged by; the first is the default. Other kinds: what the report shows of them."""
 INTEREST = ("hit@1", "logloss", "kl")
 """Those of a profile that tells an interest."""
+ITEM_ATTRIBUTE = {"categorical": ("accuracy", "macro_f1"), "multihot": ("macro_auc", "micro_auc")}
+"""Those of an item_attribute, by the kind of its column."""
 
 
 class MetricError(ValueError):
@@ -50,24 +51,36 @@ def choose_metrics(config: RunConfig, schema: LogSchema, chosen: Sequence[str] =
 
     Raises MetricError for an unknown task or metric.
     """
-    return {name: _default(name, config, schema) for name in config.tasks} | check_choices(config, chosen)
+    out = {name: _default(name, config, schema) for name in config.tasks} | check_choices(config, chosen)
+    for name, metric in out.items():
+        classes = _classes(config.tasks[name], schema)
+        if metric == "auc" and classes > 2:
+            raise MetricError(
+                f"--metric '{name}=auc': {name} tells {classes} classes, and auc needs two; take macro_f1 or accuracy"
+            )
+    return out
 
 
 def _default(name: str, config: RunConfig, schema: LogSchema) -> str:
     task = config.tasks[name]
-    if isinstance(task, ProfileTask) and task.attribute is not None:
-        classes = next(a.classes for a in schema.attributes if a.name == task.attribute)
-        return "auc" if len(classes) == 2 else "macro_f1"
-    if isinstance(task, ItemAttributeTask):
-        spec = next(s for s in schema.item_features if s.name == task.column)
-        return "macro_auc" if spec.kind == "multihot" else "accuracy"
+    if _classes(task, schema) == 2:
+        return "auc"
     return _known(name, config)[0]
+
+
+def _classes(task: BaseTask, schema: LogSchema) -> int:
+    """Of the user's attribute that a profile tells; 0 for all other tasks."""
+    if not isinstance(task, ProfileTask) or task.attribute is None:
+        return 0
+    return len(next(a.classes for a in schema.attributes if a.name == task.attribute))
 
 
 def _known(name: str, config: RunConfig) -> tuple[str, ...]:
     task = config.tasks[name]
     if isinstance(task, ProfileTask) and task.interest is not None:
         return INTEREST
+    if isinstance(task, ItemAttributeTask):
+        return ITEM_ATTRIBUTE[config.data.item_features[task.column].kind]
     return METRICS.get(task.kind) or (KINDS[task.kind].judge(name, task).main,)
 
 

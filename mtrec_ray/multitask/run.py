@@ -12,7 +12,7 @@ from mtrec_ray.multitask.cells import Bench, Select, epoch_seconds, run_cells
 from mtrec_ray.multitask.findings import execute
 from mtrec_ray.multitask.objective import check_choices, choose_metrics
 from mtrec_ray.multitask.results import seesaw
-from mtrec_ray.multitask.study import Plan, Runner, Study, StudyError, fitting_epochs
+from mtrec_ray.multitask.study import Plan, Runner, Study, StudyError, check_tasks, fitting_epochs
 from mtrec_ray.training.worker import load_schema
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ def axis(flag: str, names: str | None, known: tuple[str, ...]) -> tuple[str, ...
 
 def check(config: RunConfig, settings: Settings) -> None:
     """Raises StudyError or MetricError for what makes no sense, before anything is prepared."""
-    if len(config.tasks) < 2:
-        raise StudyError(f"tasks: there is only {list(config.tasks)}, so there is nothing to compare; declare a second task")
+    check_tasks(tuple(config.tasks))
     check_choices(config, settings.metrics)
     if settings.seesaw is not None and not config.evaluation.bootstrap:
         raise StudyError("--seesaw: evaluation.bootstrap is 0, so there are no intervals to judge by; set it to 1000")

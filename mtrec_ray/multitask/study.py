@@ -43,14 +43,19 @@ class Plan:
     """Axes of the grid; both empty: no grid. The declared ones and the plain sum are always among them."""
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises StudyError for a number of tasks that no study can be made of."""
+    if len(tasks) < 2:
+        raise StudyError(f"tasks: there is only {list(tasks)}, so there is nothing to compare; declare a second task")
+    if len(tasks) > MAX_TASKS:
+        raise StudyError(f"tasks: {len(tasks)} are too many for the search for groups (at most {MAX_TASKS}); leave some out")
+
+
 class Study:
     """Runs the cells of a plan; finished ones are taken from their files."""
 
     def __init__(self, bench: Bench, plan: Plan, runner: Runner = run_cells, parallel: int = 1) -> None:
-        if len(bench.tasks) < 2:
-            raise StudyError(f"tasks: there is only {list(bench.tasks)}, so there is nothing to compare; declare a second task")
-        if len(bench.tasks) > MAX_TASKS:
-            raise StudyError(f"tasks: {len(bench.tasks)} are too many for the search for groups (at most {MAX_TASKS})")
+        check_tasks(bench.tasks)
         self.bench, self.plan, self.runner, self.parallel = bench, plan, runner, parallel
         self.found: dict[str, dict[str, Any]] = {}
         """Fingerprint -> content, of finished and failed cells."""
@@ -133,17 +138,20 @@ class Study:
 
     def variants(self) -> list[tuple[str, str]]:
         """(sharing, balancing) of the grid; empty without one."""
+        return [v for v in self._grid() if v not in self.refused]
+
+    def _grid(self) -> list[tuple[str, str]]:
         if not (self.plan.sharing or self.plan.balancing):
             return []
         plain = self.bench.plain
         sharing = dict.fromkeys([plain.sharing, *self.plan.sharing])
         balancing = dict.fromkeys([PLAIN, plain.balancing, *self.plan.balancing])
-        return [v for v in itertools.product(sharing, balancing) if v not in self.refused]
+        return list(itertools.product(sharing, balancing))
 
     def _refusals(self) -> dict[tuple[str, str], str]:
         """Variants that the configuration or this machine cannot have -> why."""
         out = {}
-        for sharing, balancing in itertools.product(self.plan.sharing or (self.bench.plain.sharing,), self.plan.balancing):
+        for sharing, balancing in self._grid():
             try:
                 check_machine(self.bench.cell_config(replace(self.bench.plain, sharing=sharing, balancing=balancing)))
             except (ValueError, RuntimeError) as error:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mtrec_ray.training.feed import WindowCache
 
 ITEMS_AT_ONCE = 4096
-"""Items of a larger catalogue that a step trains, drawn from (seed of the task, step): the same on every rank."""
+"""Items of a larger catalogue that a step trains, drawn from the step alone: the same on every rank and for every such task."""
 
 
 class ItemAttribute(ItemTask):
@@ -117,7 +117,7 @@ class ItemAttributeJudge(Judge):
 
     def summarise(self, statistics: Statistics, resampler: Resampler) -> dict[str, FloatArray]:
         if f"{self.name}/classes" in statistics.sums:
-            return st.class_metrics(statistics.sums[f"{self.name}/classes"])
+            return st.class_metrics(statistics, self.name)
         judged = statistics.sums.get(f"{self.name}/judged", np.zeros(1))
         if not judged[0]:
             return {}

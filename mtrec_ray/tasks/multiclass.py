@@ -92,7 +92,7 @@ class MulticlassJudge(LabelJudge):
     def summarise(self, statistics: Statistics, resampler: Resampler) -> dict[str, FloatArray]:
         if not statistics.counted(f"{self.name}/logloss"):
             return {}
-        found = st.class_metrics(statistics.sums[f"{self.name}/classes"])
+        found = st.class_metrics(statistics, self.name)
         return found | {"logloss": statistics.mean(f"{self.name}/logloss")}
 
 

@@ -113,7 +113,7 @@ class ProfileJudge(Judge):
     def summarise(self, statistics: Statistics, resampler: Resampler) -> dict[str, FloatArray]:
         if f"{self.name}/confusion" not in statistics.sums:
             return {}
-        found = st.class_metrics(statistics.sums[f"{self.name}/classes"])
+        found = st.class_metrics(statistics, self.name)
         if f"{self.name}/auc" in statistics.scores:
             found["auc"] = statistics.scores[f"{self.name}/auc"].auc(resampler)
         return found

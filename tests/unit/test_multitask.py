@@ -20,7 +20,7 @@ from mtrec_ray.multitask import run as run_module
 from mtrec_ray.multitask import study as study_module
 from mtrec_ray.multitask.cells import Bench, Cell, run_cell, run_cells
 from mtrec_ray.multitask.findings import execute
-from mtrec_ray.multitask.objective import MetricError, choose_metrics, gains, mean_gain, relative_gain
+from mtrec_ray.multitask.objective import MetricError, check_choices, choose_metrics, gains, mean_gain, relative_gain
 from mtrec_ray.multitask.results import gradients, seesaw, summarise_gains
 from mtrec_ray.multitask.run import Settings, axis, study_tasks
 from mtrec_ray.multitask.study import Plan, Study, StudyError, fitting_epochs
@@ -117,6 +117,21 @@ def test_every_task_has_a_metric_and_it_can_be_chosen(tiny_run: TinyRun) -> None
     for wrong, says in {"nobody=auc": "nobody=auc", "rating": "TASK=METRIC", "rating=auc": "rmse"}.items():
         with pytest.raises(MetricError, match=says):
             choose_metrics(tiny_run.config, schema, [wrong])
+    with pytest.raises(MetricError, match=r"age_group=auc.* 3 classes"):
+        choose_metrics(tiny_run.config, schema, ["age_group=auc"])
+
+
+def test_a_metric_that_a_column_cannot_have_is_refused(tmp_path: Path) -> None:
+    def two_columns(raw: dict[str, Any]) -> None:
+        raw["data"]["text"] = {"template": "{name}", "title": "name"}
+        raw["data"]["item_features"] = {"genre": {"kind": "categorical"}, "tags": {"kind": "multihot", "separator": "|"}}
+        raw["tasks"] |= {c: {"kind": "item_attribute", "column": c} for c in ("genre", "tags")}
+
+    config = tiny.make_config(tmp_path, two_columns)
+    assert check_choices(config, ["genre=macro_f1", "tags=micro_auc"]) == {"genre": "macro_f1", "tags": "micro_auc"}
+    for wrong in ("genre=macro_auc", "tags=accuracy"):
+        with pytest.raises(MetricError, match=wrong):
+            check_choices(config, [wrong])
 
 
 def test_a_task_without_resamples_does_not_take_the_interval_of_the_mean() -> None:
@@ -401,6 +416,10 @@ def test_what_this_machine_cannot_have_is_left_out_of_the_grid_with_the_reason(b
     assert [row["balancing"] for row in found["grid"]["rows"]] == ["static", "uncertainty"] and found["failed"] == []
     assert found["grid"]["refused"][0]["balancing"] == "upgrad" and "pip install" in found["grid"]["refused"][0]["why"]
 
+    with mock.patch.object(study_module, "check_machine", without_torchjd):
+        both = execute(Study(bench, Plan(seeds=1, sharing=("mmoe",), balancing=("upgrad",)), Counting()))
+    assert [(r["sharing"], r["balancing"]) for r in both["grid"]["rows"]] == [("shared_bottom", "static"), ("mmoe", "static")]
+
 
 def test_epochs_follow_from_the_slowest_model() -> None:
     assert fitting_epochs({"a": 2.0, "b": 6.0}, 3, 90) == 27
@@ -505,10 +524,15 @@ def one_task(raw: dict[str, Any]) -> None:
     raw["tasks"] = {"retrieval": raw["tasks"]["retrieval"]}
 
 
+def thirteen_tasks(raw: dict[str, Any]) -> None:
+    raw["tasks"] = {"retrieval": raw["tasks"]["retrieval"]} | {f"rating{i}": raw["tasks"]["rating"] for i in range(12)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "change", "says"),
     [
         ([], one_task, "nothing to compare"),
+        ([], thirteen_tasks, "13 are too many"),
         (["--metric", "ratings=rmse"], three_tasks, "--metric 'ratings=rmse'"),
         (["--metric", "rating=auc"], three_tasks, "--metric 'rating=auc'"),
         (["--balancing", "static,magic"], three_tasks, "--balancing: unknown ['magic']"),

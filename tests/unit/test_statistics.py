@@ -18,7 +18,7 @@ from mtrec_ray.evaluation import statistics as statistics_module
 from mtrec_ray.evaluation.evaluate import compare_with_baselines, difference, intervals_of, unmeasured
 from mtrec_ray.evaluation.measure import Answers, Facts
 from mtrec_ray.evaluation.reduce import WHOLE, Reducer, Slice, Summary, points_of, slices_of, summarise, whole
-from mtrec_ray.evaluation.statistics import Resampler, Scores, Statistics, interval, user_hash
+from mtrec_ray.evaluation.statistics import Resampler, Scores, Statistics, class_metrics, class_sums, interval, user_hash
 from mtrec_ray.schema import AttributeSpec
 
 N = 30
@@ -388,3 +388,14 @@ def test_a_slice_by_item_judges_its_own_targets_alone() -> None:
         users.setdefault(user, []).append(1 / rank)
     assert found["mrr"][0] == pytest.approx(np.mean([np.mean(v) for v in users.values()]))
     assert "novelty@10" not in found
+
+
+@pytest.mark.parametrize(("users", "resampled"), [(3, False), (10, True)])
+def test_classes_told_of_few_users_have_no_interval_however_many_events_they_have(users: int, resampled: bool) -> None:
+    user = np.repeat(np.arange(users), 40)
+    label, guess = user % 2, np.arange(len(user)) % 2
+    weight_UR = Resampler(50).weights(user_hash(np.array([f"u{i}" for i in range(users)], dtype=object))).astype(np.float64)
+    halves = [Statistics(class_sums("t", label[k], guess[k], 2, user[k], weight_UR)) for k in (user < 2, user >= 2)]
+    found = class_metrics(Statistics.merge(halves), "t")
+    assert (len(found["accuracy"]) == 51) == resampled and found["accuracy"][0] == 0.5 and found["n"] == [len(user)]
+    assert (interval(found["accuracy"]) is not None) == (len(found["macro_f1"]) == 51) == resampled

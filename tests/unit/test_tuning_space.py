@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from jobs.tune import main
 from mtrec_ray.config import ConfigError, RunConfig, load_config
 from mtrec_ray.tuning.space import Distribution, Space, draw, load_space, value_at, with_values
 from tests import tiny
@@ -176,3 +177,12 @@ def test_the_committed_spaces_suit_their_configurations(name: str) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     points = draw(load_space(CONFIGS / "tune" / f"{name}.yaml", config), config, 32)
     assert sum(p.config is not None for p in points) == 32
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--minutes", "nan"], ["--minutes", "inf"], ["--minutes", "0"], ["--trials", "0"], ["--seeds", "-1"]]
+)
+def test_numbers_that_make_no_sense_are_refused_by_the_parser(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", "none.yaml", "--space", "none.yaml", *arguments])
+    assert stopped.value.code == 2 and f"argument {arguments[0]}: expected" in capsys.readouterr().err
