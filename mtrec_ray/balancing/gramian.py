@@ -45,8 +45,9 @@ def gramian(losses: Sequence[Tensor], state_BLD: Tensor) -> Tensor:
     for loss in losses:
         found = torch.autograd.grad(loss, state_BLD, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
         rows.append(torch.zeros_like(state_BLD).flatten() if found is None else found.flatten())
-    gradient_TF = torch.stack(rows)
-    return (gradient_TF @ gradient_TF.T).double()
+    gradient_TF = torch.stack(rows).float()
+    with torch.autocast(state_BLD.device.type, enabled=False):  # solvers and cosines need more than bfloat16's 8 bits
+        return (gradient_TF @ gradient_TF.T).double()
 
 
 class GramianBalancer(Balancer):

@@ -223,3 +223,12 @@ def test_a_missing_solver_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
     with pytest.raises(RuntimeError, match=r"balancing\.kind: upgrad needs .*pip install 'mtrec_ray\[balancing\]'"):
         build("upgrad", [1.0, 1.0])
+
+
+def test_the_gramian_is_in_float32_under_bf16_autocast() -> None:
+
+    state = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    expected = gramian([state.square().sum(), state.sin().sum()], state)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gramian([state.square().sum(), state.sin().sum()], state)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
