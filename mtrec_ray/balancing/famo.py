@@ -15,7 +15,7 @@ class Famo(Balancer):
     """λ ∝ z / L with z = softmax(ξ): every task's loss falls at the same relative rate.
 
     After the update, ξ ← Adam(ξ, Jᵀ δ) with δ = log L(before) - log L(after) on the same batch, J the softmax's Jacobian.
-    λ is rescaled to the sum of the static λ. Tasks without labels in the batch take no part in it.
+    λ is rescaled to the sum of the static λ. The ξ of a task without labels in the batch stays.
     """
 
     needs_losses = needs_losses_after = True
@@ -54,7 +54,8 @@ class Famo(Balancer):
         second_T.lerp_(gradient_T**2, 1 - 0.999)
         steps = int(self.updates)
         mean_T, square_T = first_T / (1 - 0.9**steps), second_T / (1 - 0.999**steps)
-        self.logit_T -= self.learning_rate * mean_T / (square_T.sqrt() + 1e-8)
+        step_T = self.learning_rate * mean_T / (square_T.sqrt() + 1e-8)
+        self.logit_T -= torch.where(active_T, step_T, 0.0)
 
     def _active(self, present_T: Tensor) -> Tensor:
         return (present_T > 0) & (self.static_T > 0)

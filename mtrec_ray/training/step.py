@@ -1,4 +1,4 @@
-"""One optimiser step, the same from the same global batch on any number of ranks (DESIGN §1.5).
+"""One optimiser step, the same (but for dropout) from the same global batch on any number of ranks (DESIGN §1.5).
 
 Every loss sum is divided by the global count of its labels and scaled by the world size, since DDP averages.
 """
@@ -102,7 +102,8 @@ def train_step(losses: nn.Module, optimizer: torch.optim.Optimizer, micro: list[
     count_T, size_2 = counted[:-2], counted[-2:]
     optimizer.zero_grad(set_to_none=True)
     total_T = torch.zeros_like(count_T)
-    draws = torch.get_rng_state() if balancer.needs_losses_after else None
+    on_gpu = count_T.is_cuda
+    draws = (torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None) if balancer.needs_losses_after else None
     for i, batch in enumerate(micro):
         last = i == len(micro) - 1
         quiet = contextlib.nullcontext() if last or not hasattr(losses, "no_sync") else losses.no_sync()  # type: ignore[operator]
@@ -118,7 +119,9 @@ def train_step(losses: nn.Module, optimizer: torch.optim.Optimizer, micro: list[
     optimizer.step()
     total_T = distributed.all_reduce_sum(total_T)
     if draws is not None:  # the same batch with the same dropout
-        torch.set_rng_state(draws)
+        torch.set_rng_state(draws[0])
+        if draws[1] is not None:
+            torch.cuda.set_rng_state(draws[1])
         with torch.no_grad(), _autocast(count_T.device, precision):
             after_T = distributed.all_reduce_sum(torch.stack([torch.stack(model(b)[0]) for b in micro]).sum(0))
         balancer.see_losses_after(after_T / count_T.clamp(min=1e-12), (count_T > 0).float())

@@ -175,6 +175,16 @@ def test_famo_weighs_by_the_inverse_loss_and_then_favours_who_falls_slowly() -> 
     torch.testing.assert_close(balancer.current(), 2 * z, rtol=1e-4, atol=1e-5)
 
 
+def test_the_famo_logit_of_a_task_without_labels_stays() -> None:
+    balancer = build("famo", [1.0, 1.0, 1.0])
+    balancer.see_losses(torch.tensor([2.0, 1.0, 1.0]), torch.ones(3))
+    balancer.see_losses_after(torch.tensor([1.0, 0.9, 0.5]), torch.ones(3))
+    before = balancer.logit_T.clone()
+    balancer.see_losses(torch.tensor([1.0, 0.9, 0.0]), torch.tensor([1.0, 1.0, 0.0]))
+    balancer.see_losses_after(torch.tensor([0.7, 0.8, 0.0]), torch.tensor([1.0, 1.0, 0.0]))
+    assert balancer.logit_T[2] == before[2] and bool((balancer.logit_T[:2] != before[:2]).all())
+
+
 def test_famo_is_adam_on_the_logits() -> None:
     balancer = build("famo", [1.0, 2.0, 0.5])
     logit = torch.zeros(3, requires_grad=True)
@@ -226,7 +236,6 @@ def test_a_missing_solver_is_named_with_the_cure(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_gramian_is_in_float32_under_bf16_autocast() -> None:
-
     state = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     expected = gramian([state.square().sum(), state.sin().sum()], state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
