@@ -42,7 +42,9 @@ class Losses(nn.Module):
             found_TT = gramian(sums, state_BLD) * torch.outer(share_T, share_T)
             self._gramian_TT = found_TT if self._gramian_TT is None else self._gramian_TT + found_TT
         if self.balancer.needs_losses:
-            self._sum_T = sum_T.detach() if self._sum_T is None else self._sum_T + sum_T.detach()
+            self._sum_T = (
+                sum_T.detach().clone() if self._sum_T is None else self._sum_T + sum_T.detach()
+            )  # summed over ranks in place
         if micro_batches == 1:
             self.settle(count_T, batch.step)
         # this rank's shares of the mean losses; DDP will average them over the ranks
@@ -57,7 +59,7 @@ class Losses(nn.Module):
             self.balancer.see_losses(sum_T / count_T.clamp(min=1e-12), (count_T > 0).float())
         if gramian_TT is not None:
             gramian_TT = distributed.all_reduce_sum(gramian_TT)
-            if self.record is not None and (self.balancer.needs_gramian or step % self.record_every == 0):
+            if self.record is not None:
                 self.record.add(gramian_TT)
             if self.balancer.needs_gramian:
                 if distributed.rank() == 0:

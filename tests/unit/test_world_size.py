@@ -44,17 +44,17 @@ def updated(config: RunConfig, prefix: str, rank: int, world: int, only_last_rat
     losses: Any = build_losses(config, model)
     optimizer = torch.optim.SGD(losses.parameters(), lr=0.1)
     wrapped = distribute(losses)
-    missing = False
+    missing, reported = False, torch.zeros(len(config.tasks))
     for step, micro in enumerate(feed.epoch(0)):
         if step == STEPS:
             break
         labels = torch.cat([b.targets.labels_M["rating"] for b in micro])
         missing |= bool(torch.isnan(labels).all())
-        train_step(wrapped, optimizer, micro)
+        reported += train_step(wrapped, optimizer, micro).loss_sum_T
     if only_last_rated and world > 1:
         some = distributed.gather_objects(missing)
         assert any(some), "the test wants a rank without labels"
-    return {k: v.detach().clone() for k, v in losses.state_dict().items()}
+    return {"reported": reported} | {k: v.detach().clone() for k, v in losses.state_dict().items()}
 
 
 def _rank(rank: int, world: int, port: int, configs: list[str], prefix: str, only_last_rated: list[bool], out: str) -> None:
