@@ -16,26 +16,30 @@ import argparse
 import logging
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.report import finish
 from jobs.fetch import fetch_ml100k
 from mtrec_ray import storage
-from mtrec_ray.config import parse_config
-from mtrec_ray.multitask.cells import Bench, Cell
+from mtrec_ray.config import load_config, parse_config
+from mtrec_ray.evaluation.metrics import LOWER_IS_BETTER
+from mtrec_ray.multitask.cells import Bench, Cell, in_processes
 from mtrec_ray.multitask.results import compare_cells, gain_resamples, summarise_gains, test_values
-from mtrec_ray.multitask.study import Plan, Study
+from mtrec_ray.multitask.study import Plan, Runner, Study
 
 CONFIG = "jobs/configs/ml100k.yaml"
 RUN = "runs/bench/multitask"
 METRICS = {"retrieval": "ndcg", "rating": "rmse", "like": "auc"}
 SEEDS = (0, 1, 2)
-TRIALS: tuple[dict[str, dict[str, float]], ...] = (
+Trial = Mapping[str, Mapping[str, float]]
+"""Part of the configuration -> key -> value."""
+TRIALS: tuple[Trial, ...] = (
     {},
     {"train": {"learning_rate": 0.0005}},
     {"train": {"learning_rate": 0.002}},
@@ -44,14 +48,25 @@ TRIALS: tuple[dict[str, dict[str, float]], ...] = (
 ALLOWED = 0.03
 
 
-def studies(config: str, data: str, text: str, out: str, epochs: int, trials: int) -> list[Study]:
+@dataclass(frozen=True)
+class Where:
+    """Folders of prepared data, text vectors and cells."""
+
+    data: str
+    text: str
+    out: str
+
+
+def studies(
+    config: str, overrides: list[str], trials: list[Trial], metrics: dict[str, str], where: Where, epochs: int, runner: Runner
+) -> list[Study]:
     """One for each trial, over the same folder of cells."""
-    raw = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    raw["tasks"] = {t: raw["tasks"][t] for t in METRICS}
     found = []
-    for trial in TRIALS[:trials]:
-        changed = raw | {part: raw.get(part, {}) | values for part, values in trial.items()}
-        found.append(Study(Bench(parse_config(changed, config), data, text, out, METRICS, epochs), Plan()))
+    for trial in trials:
+        changes = [f"{part}.{key}={value}" for part, values in trial.items() for key, value in values.items()]
+        whole = load_config(config, [*overrides, *changes]).model_dump(mode="json")
+        whole["tasks"] = {t: whole["tasks"][t] for t in metrics}
+        found.append(Study(Bench(parse_config(whole, config), where.data, where.text, where.out, metrics, epochs), Plan(), runner))
     return found
 
 
@@ -59,57 +74,61 @@ def together(study: Study, seed: int, reference: dict[str, float]) -> Cell:
     return replace(study.bench.plain, seed=seed, reference=reference)
 
 
+def run_all(stage: str, wanted: Sequence[tuple[Study, Sequence[Cell]]]) -> None:
+    """Cells of several studies at once: their runner may have several processes."""
+    with ThreadPoolExecutor(len(wanted)) as threads:
+        for done in [threads.submit(study.run, stage, cells) for study, cells in wanted]:
+            done.result()
+
+
 def failed(trials: list[Study]) -> list[str]:
     return [f"{f['cell']['name']}: {f['error']}" for s in trials for f in s.found.values() if "error" in f]
 
 
 def width(study: Study) -> dict[str, Any]:
-    """Interval of the gain of a single-task model over the same one of another seed."""
+    """Interval of the gain of a single-task model over the same one of another seed, its cells trained."""
     out = {}
-    for task in METRICS:
-        cells = [study.bench.single(task, s) for s in SEEDS[:2]]
-        study.run("width of the interval", cells)
-        a, b = ([found] for found in study.cells(cells))
-        out[task] = compare_cells(b, a, study.bench.config, METRICS)["tasks"][task]
+    for task in study.bench.metrics:
+        a, b = ([found] for found in study.cells([study.bench.single(task, s) for s in SEEDS[:2]]))
+        out[task] = compare_cells(b, a, study.bench.config, study.bench.metrics)["tasks"][task]
         out[task]["half_width"] = (out[task]["high"] - out[task]["low"]) / 2
     return out
 
 
 def run(trials: list[Study]) -> dict[str, Any]:
     """Everything that is measured. Raises RuntimeError when a training failed."""
-    first = SEEDS[0]
-    detail: dict[str, Any] = {"width": width(trials[0])}
-    chosen: dict[str, Study] = {}
-    for task in METRICS:
-        for study in trials:
-            study.run(f"trials, {task} alone", [study.bench.single(task, first)])
-        _stop(trials)
-        chosen[task] = max(trials, key=lambda s, t=task: _own(s, t, first))  # type: ignore[misc]
-    singles: dict[int, dict[str, Any]] = {}
-    for seed in SEEDS:
-        for task, study in chosen.items():
-            study.run("seeds, alone", [study.bench.single(task, seed)])
-        _stop(trials)
-        singles[seed] = {t: study.cells([study.bench.single(t, seed)])[0] for t, study in chosen.items()}
-    references = {seed: {t: found["valid"][t] for t, found in by_task.items()} for seed, by_task in singles.items()}
-    for study in trials:
-        study.run("trials, together", [together(study, first, references[first])])
+    first, metrics = SEEDS[0], trials[0].bench.metrics
+    singles_first = [(s, [s.bench.single(t, first) for t in metrics]) for s in trials]
+    seconds = [trials[0].bench.single(t, SEEDS[1]) for t in metrics]
+    run_all("trials, every task alone", [(s, [*cells, *(seconds if s is trials[0] else [])]) for s, cells in singles_first])
     _stop(trials)
+    detail: dict[str, Any] = {"width": width(trials[0])}
+    chosen: dict[str, Study] = {t: max(trials, key=lambda s, t=t: _own(s, t, first)) for t in metrics}  # type: ignore[misc]
+    reference = {t: s.cells([s.bench.single(t, first)])[0]["valid"][t] for t, s in chosen.items()}
+    more = [(s, [s.bench.single(t, seed) for t in metrics if chosen[t] is s for seed in SEEDS]) for s in trials]
+    run_all("seeds alone, trials together", [(s, [*cells, together(s, first, reference)]) for s, cells in more])
+    _stop(trials)
+    singles = {seed: {t: s.cells([s.bench.single(t, seed)])[0] for t, s in chosen.items()} for seed in SEEDS}
+    references = {seed: {t: found["valid"][t] for t, found in by_task.items()} for seed, by_task in singles.items()}
     joint = max(trials, key=lambda s: float(s.cells([together(s, first, references[first])])[0]["valid_mean_gain"]))
     cells = [together(joint, s, references[s]) for s in SEEDS]
     joint.run("seeds, together", cells)
     _stop(trials)
     config = joint.bench.config
     old: dict[str, Any] = {}
-    for task in METRICS:
+    for task in metrics:
         old |= test_values([singles[s][task] for s in SEEDS], config, 0)
     new = test_values(joint.cells(cells), config, 1)
+    settings = [s.bench.config.model_dump(mode="json") for s in trials]
     detail |= {
-        "gains": summarise_gains(gain_resamples(new, old, METRICS), old, new),
-        "chosen": {t: TRIALS[trials.index(s)] for t, s in chosen.items()} | {"together": TRIALS[trials.index(joint)]},
-        "alone": {t: [singles[s][t]["test"][t][m] for s in SEEDS] for t, m in METRICS.items()},
-        "together": {t: [c["test"][t][m] for c in joint.cells(cells)] for t, m in METRICS.items()},
+        "gains": summarise_gains(gain_resamples(new, old, metrics), old, new),
+        "chosen": {t: trials.index(s) for t, s in chosen.items()} | {"together": trials.index(joint)},
+        "alone": {t: [singles[s][t]["test"][t][m] for s in SEEDS] for t, m in metrics.items()},
+        "together": {t: [c["test"][t][m] for c in joint.cells(cells)] for t, m in metrics.items()},
+        "best_epochs": {t: [singles[s][t]["best_epoch"] + 1 for s in SEEDS] for t in metrics}
+        | {"together": [c["best_epoch"] + 1 for c in joint.cells(cells)]},
         "steps": sorted({int(c["steps"]) for s in trials for c in s.found.values()}),
+        "settings": [{k: s[k] for k in ("model", "tasks", "balancing", "train")} for s in settings[:1]],
     }  # fmt: skip
     assert len(detail["steps"]) == 1, "the budgets differ"
     detail["steps"] = detail["steps"][0]
@@ -119,7 +138,7 @@ def run(trials: list[Study]) -> dict[str, Any]:
 def _own(study: Study, task: str, seed: int) -> float:
     """The task's own valid metric, more is better."""
     value = float(study.cells([study.bench.single(task, seed)])[0]["valid"][task])
-    return -value if METRICS[task] == "rmse" else value
+    return -value if study.bench.metrics[task] in LOWER_IS_BETTER else value
 
 
 def _stop(trials: list[Study]) -> None:
@@ -128,49 +147,61 @@ def _stop(trials: list[Study]) -> None:
         raise RuntimeError("; ".join(broken))
 
 
-def _from_one(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
-    return int(text)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Joint against single-task models on ML-100K.")
-    parser.add_argument("--config", default=CONFIG)
-    parser.add_argument("--epochs", type=_from_one, default=25, help="of every training (default 25)")
-    parser.add_argument(
-        "--trials",
-        type=int,
-        choices=range(1, 1 + len(TRIALS)),
-        default=len(TRIALS),
-        help=f"settings tried on each side, 1 to {len(TRIALS)}",
-    )
-    parser.add_argument("--run", default=RUN, help="run directory of data and text")
-    parser.add_argument("--out", help="folder of the trainings (default RUN/cells)")
-    parser.add_argument("--prepared", action="store_true", help="take data and text of --run as they are")
+    parser = arguments("Joint against single-task models on ML-100K.", CONFIG, RUN, epochs=25)
+    parser.add_argument("--trials", type=int, choices=range(1, 1 + len(TRIALS)), default=len(TRIALS),
+                        help=f"settings tried on each side, 1 to {len(TRIALS)}")  # fmt: skip
     args = parser.parse_args()
+    if not args.prepared:
+        fetch_ml100k(Path(".data/ml-100k"))
+    detail = compare(args, TRIALS[: args.trials], METRICS)
+    if detail is None:
+        return 2
+    worst = min(g["low"] for g in detail["gains"]["tasks"].values())
+    return finish("multitask_vs_single", worst, "worst 95 % bound of a relative gain", f">= {-ALLOWED}", worst >= -ALLOWED, detail)
+
+
+def arguments(description: str, config: str, run: str, epochs: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", default=config)
+    parser.add_argument("--epochs", type=_from_one, default=epochs, help=f"of every training (default {epochs})")
+    parser.add_argument("--run", default=run, help="run directory of data and text")
+    parser.add_argument("--out", help="folder of the trainings (default RUN/cells)")
+    parser.add_argument("--parallel", type=_from_one, default=1, help="trainings at a time, a process each")
+    parser.add_argument("--prepared", action="store_true", help="take data and text of --run as they are")
+    parser.add_argument("overrides", nargs="*", help="key.path=value of the configuration, such as train.use_gpu=true")
+    return parser
+
+
+def compare(args: argparse.Namespace, trials: Sequence[Trial], metrics: dict[str, str]) -> dict[str, Any] | None:
+    """Prepare, train and measure; None when something failed, which was said."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("mtrec_ray.training").setLevel(logging.WARNING)
     if not args.prepared:
-        fetch_ml100k(Path(".data/ml-100k"))
         for stage in ("prepare", "encode"):
             command = [sys.executable, "-m", f"jobs.{stage}", "--config", args.config, "--out", args.run]
             if subprocess.run(command, check=False).returncode:
                 print(f"{stage} failed", file=sys.stderr)
-                return 2
+                return None
     torch.set_num_threads(1)
-    roots = [storage.absolute(storage.join(args.run, name)) for name in ("data", "text")]
-    out = storage.absolute(args.out or storage.join(args.run, "cells"))
-    trials = studies(args.config, roots[0], roots[1], out, args.epochs, args.trials)
-    try:
-        detail = run(trials)
-    except RuntimeError as error:
-        print(f"a training failed: {error}", file=sys.stderr)
-        return 2
-    lows = {t: g["low"] for t, g in detail["gains"]["tasks"].items()}
-    worst = min(lows.values())
-    detail |= {"epochs": args.epochs, "trials": len(trials), "seeds": list(SEEDS), "config": args.config}
-    return finish("multitask_vs_single", worst, "worst 95 % bound of a relative gain", f">= {-ALLOWED}", worst >= -ALLOWED, detail)
+    data, text = (storage.absolute(storage.join(args.run, name)) for name in ("data", "text"))
+    where = Where(data, text, storage.absolute(args.out or storage.join(args.run, "cells")))
+    with in_processes(args.parallel) as runner:
+        try:
+            detail = run(studies(args.config, args.overrides, list(trials), metrics, where, args.epochs, runner))
+        except RuntimeError as error:
+            print(f"a training failed: {error}", file=sys.stderr)
+            return None
+    return detail | {
+        "epochs": args.epochs, "trials": list(trials), "seeds": list(SEEDS), "config": args.config, "overrides": args.overrides,
+        "device": torch.cuda.get_device_name() if "train.use_gpu=true" in args.overrides else "cpu",
+    }  # fmt: skip
+
+
+def _from_one(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
 
 
 if __name__ == "__main__":

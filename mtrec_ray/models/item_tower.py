@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mtrec_ray.config import ModelConfig
 from mtrec_ray.hashing import GOLDEN, mix
+
+
+@dataclass
+class ItemVectors:
+    """Vectors of the training catalogue, or of the items alone that a batch reads; looked up by catalogue position."""
+
+    vec_UD: Tensor
+    item_U: Tensor | None = None
+    """Ascending catalogue positions of the rows; None: row i is item i."""
+
+    def __getitem__(self, item: Tensor) -> Tensor:
+        """Catalogue positions of any shape -> shape + (D,). The backward of an embedding is faster than that of indexing."""
+        return F.embedding(item if self.item_U is None else torch.searchsorted(self.item_U, item), self.vec_UD)
+
+    @property
+    def all_ND(self) -> Tensor:
+        """The whole training catalogue, for a task that asked for it (`Task.reads_items`)."""
+        if self.item_U is not None:
+            raise RuntimeError(f"{len(self.item_U)} item vectors were made, not the catalogue; its task must ask for all of them")
+        return self.vec_UD
 
 
 class IdResiduals(nn.Module):
@@ -34,11 +57,11 @@ class IdResiduals(nn.Module):
             rows = [mix(hash_N), mix(hash_N ^ np.uint64(GOLDEN))]
             self.bucket_N2.copy_(torch.from_numpy(np.stack([r % np.uint64(self.buckets) for r in rows], 1).astype(np.int64)))
 
-    def forward(self, n_items: int) -> Tensor:
-        """-> residual_ND of the first n_items training items."""
-        if self.buckets is None:
-            return self.table.weight[:n_items]
-        return self.table(self.bucket_N2[:n_items]).sum(1)  # type: ignore[no-any-return]
+    def forward(self, items: slice | Tensor) -> Tensor:
+        """Some training items -> residual_UD."""
+        if self.buckets is not None:
+            return self.table(self.bucket_N2[items]).sum(1)  # type: ignore[no-any-return]
+        return self.table.weight[items] if isinstance(items, slice) else self.table(items)  # type: ignore[no-any-return]
 
 
 class ItemTower(nn.Module):
@@ -51,25 +74,32 @@ class ItemTower(nn.Module):
 
     def __init__(self, config: ModelConfig, n_train_items: int, text_width: int, seed: int) -> None:
         super().__init__()
-        self.seed = seed
+        self.seed, self.n_train_items = seed, n_train_items
         self.id_dropout = config.id_dropout if text_width else 0.0
         self.text = nn.Linear(text_width, config.width) if text_width else None
         self.residual = IdResiduals(config, n_train_items, 0.02 if text_width else config.width**-0.5)
 
-    def forward(self, text_NE: Tensor | None, n_items: int, step: int | None = None) -> Tensor:
-        """Item vectors of the first n_items of the catalogue -> item_vec_ND.
-
-        text_NE: unit-length text vectors (or None without text); step: the training step, None at inference.
-        """
-        residual_ND = self.residual(n_items)
-        if self.training and step is not None and self.id_dropout:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
-            keep = torch.rand(len(residual_ND), generator=generator).to(residual_ND.device) >= self.id_dropout
-            residual_ND = residual_ND * keep[:, None]
+    def forward(self, text_NE: Tensor | None, n_items: int) -> Tensor:
+        """Inference: vectors of the first n_items of the catalogue -> item_vec_ND. text_NE: unit-length text vectors, or None
+        without text."""
+        residual_ND = self.residual(slice(n_items))
         missing = n_items - len(residual_ND)
         if missing > 0:
             residual_ND = torch.cat([residual_ND, residual_ND.new_zeros(missing, residual_ND.shape[1])])
+        return self._with_text(residual_ND, text_NE, slice(n_items))
+
+    def train_vectors(self, text_NE: Tensor | None, item_U: Tensor | None, step: int) -> ItemVectors:
+        """Training: vectors of some training items (ascending), None for all of them, at a step."""
+        items = slice(self.n_train_items) if item_U is None else item_U
+        residual_UD = self.residual(items)
+        if self.training and self.id_dropout:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+            keep_N = torch.rand(self.n_train_items, generator=generator) >= self.id_dropout
+            residual_UD = residual_UD * keep_N.to(residual_UD.device)[items, None]
+        return ItemVectors(self._with_text(residual_UD, text_NE, items), item_U)
+
+    def _with_text(self, residual_UD: Tensor, text_NE: Tensor | None, items: slice | Tensor) -> Tensor:
         if self.text is None:
-            return residual_ND
+            return residual_UD
         assert text_NE is not None
-        return residual_ND + self.text(text_NE[:n_items] * text_NE.shape[1] ** 0.5)  # type: ignore[no-any-return]
+        return residual_UD + self.text(text_NE[items] * text_NE.shape[1] ** 0.5)  # type: ignore[no-any-return]

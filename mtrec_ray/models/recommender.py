@@ -12,7 +12,7 @@ from mtrec_ray.config import RunConfig
 from mtrec_ray.models.batch import Batch, HistoryBatch
 from mtrec_ray.models.chains import Chains
 from mtrec_ray.models.features import FeatureEmbedding
-from mtrec_ray.models.item_tower import ItemTower
+from mtrec_ray.models.item_tower import ItemTower, ItemVectors
 from mtrec_ray.models.sharing import build_sharing
 from mtrec_ray.models.tokens import EventTokens
 from mtrec_ray.models.trunks import build_trunk
@@ -97,22 +97,30 @@ class Recommender(nn.Module):
         """count_T of this rank's batch."""
         return torch.stack([t.count(batch).float() for t in self.task_list])
 
+    def items_of(self, batch: Batch) -> Tensor | None:
+        """Training items that a step reads, item_U ascending; None when a task reads the whole catalogue."""
+        read = [t.reads_items(batch) for t in self.task_list]
+        some = [items for items in read if items is not None]
+        if len(some) < len(read):
+            return None
+        return torch.unique(torch.cat([batch.history.item_BS.flatten(), batch.targets.item_M, *some]))
+
     def forward(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
         """-> (sum of losses over this rank's batch of each task, state_BLD).
 
         The losses stay apart, so that one of them can be back-propagated without the others.
         """
         targets = batch.targets
-        item_vec_ND = self.item_tower(self.text_NE, self.schema.n_train_items, batch.step)
+        items = self.item_tower.train_vectors(self.text_NE, self.items_of(batch), batch.step)
         if self.reads_state:
-            state_BLD = self.states(item_vec_ND, batch.history)
+            state_BLD = self.states(items, batch.history)
         else:
-            state_BLD = item_vec_ND.new_zeros(len(batch.history), batch.history.item_BS.shape[1] + 1, item_vec_ND.shape[1])
+            state_BLD = items.vec_UD.new_zeros(len(batch.history), batch.history.item_BS.shape[1] + 1, items.vec_UD.shape[1])
         shared: dict[str, Tensor] = {}
         if self.pointwise:
             state_MD = state_BLD[targets.window_M, targets.pos_M]
-            shared = self.share(state_MD, item_vec_ND[targets.item_M], targets.context_M)
-        forward = Forward(state_BLD, item_vec_ND, shared)
+            shared = self.share(state_MD, items[targets.item_M], targets.context_M)
+        forward = Forward(state_BLD, items, shared)
         return [t.loss_sum(forward, batch) for t in self.task_list], state_BLD
 
     # -- inference
@@ -139,9 +147,9 @@ class Recommender(nn.Module):
         """Vectors of the whole catalogue at inference -> item_vec_ND."""
         return self.item_tower(self.text_NE, self.schema.n_items)  # type: ignore[no-any-return]
 
-    def states(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
+    def states(self, item_vec_ND: Tensor | ItemVectors, history: HistoryBatch) -> Tensor:
         """Histories -> state_BLD."""
-        return self.trunk(self.tokens(item_vec_ND, history), history.time_BS).float()  # type: ignore[no-any-return]
+        return self.trunk(self.tokens(item_vec_ND[history.item_BS], history), history.time_BS).float()  # type: ignore[no-any-return]
 
     def encode(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
         """Histories -> the state after each one's last event, state_BD."""

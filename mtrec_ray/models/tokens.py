@@ -52,8 +52,9 @@ class EventTokens(nn.Module):
         if self.session is not None:
             nn.init.normal_(self.session.weight, std=0.02)
 
-    def forward(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
-        token = item_vec_ND[history.item_BS] + self.gap(history.gap_BS)
+    def forward(self, item_vec_BSD: Tensor, history: HistoryBatch) -> Tensor:
+        """item_vec_BSD: vectors of the history's items."""
+        token = item_vec_BSD + self.gap(history.gap_BS)
         for name, embed in self.actions.items():
             token = token + embed(history.actions_BS[name])
         for name, embed in self.context.items():

@@ -9,8 +9,11 @@ of the same seed (or by train.monitor). The test split is measured once, at that
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -166,6 +169,22 @@ def run_cells(bench: Bench, cells: Sequence[Cell]) -> Iterator[tuple[int, dict[s
     """One after the other in this process -> (place, content)."""
     for place, cell in enumerate(cells):
         yield place, run_cell(bench, cell)
+
+
+@contextmanager
+def in_processes(count: int) -> Iterator[Callable[[Bench, Sequence[Cell]], Iterator[tuple[int, dict[str, Any]]]]]:
+    """A runner of cells in so many processes of this machine -> (place, content) as they end; one process is this one."""
+    if count == 1:
+        yield run_cells
+        return
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+
+        def run(bench: Bench, cells: Sequence[Cell]) -> Iterator[tuple[int, dict[str, Any]]]:
+            places = {pool.submit(run_cell, bench, cell): place for place, cell in enumerate(cells)}
+            for done in as_completed(places):
+                yield places[done], done.result()
+
+        yield run
 
 
 def facts(cell: Cell) -> dict[str, Any]:

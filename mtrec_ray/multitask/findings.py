@@ -25,11 +25,11 @@ def execute(study: Study) -> dict[str, Any]:
     """Train everything -> what tasks.json holds. Raises StudyError when not even a joint model could be trained."""
     first, tasks = study.bench.config.seed, study.bench.tasks
     study.run("screen, tasks alone", study.singles(first))
-    study.run("screen, groups", [study.joint(first), *(study.group(g, first) for g in study.screened_groups() if g != tasks)])
+    screened = [study.joint(first), *(study.group(g, first) for g in study.screened_groups() if g != tasks)]
+    study.run("screen, groups and grid", screened + [study.variant(v, first) for v in study.variants()])
     if study.cell(study.joint(first)) is None:
         error = study.found[study.key(study.joint(first))]["error"]
         raise StudyError(f"the joint model could not be trained, so there is nothing to report: {error}")
-    study.run("screen, grid", [study.variant(v, first) for v in study.variants()])
     grid = _grid(study, first)
     grouping = _grouping(study, first)
     seeds = study.seeds(study.plan.seeds)

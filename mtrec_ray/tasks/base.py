@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mtrec_ray.config import ModelConfig
 from mtrec_ray.models.batch import Batch
+from mtrec_ray.models.item_tower import ItemVectors
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks.wide import Bags
 
@@ -22,8 +23,8 @@ class Forward:
     """One trunk pass over a batch, as the tasks see it."""
 
     state_BLD: Tensor
-    item_vec_ND: Tensor
-    """Vectors of the training catalogue."""
+    items: ItemVectors
+    """Vectors of the training items that the tasks asked for."""
     shared: dict[str, Tensor]
     """What the head of each pointwise task reads: output of the sharing layers, (M, H), and for a task with `depends_on` one
     number more (models/chains.py)."""
@@ -52,6 +53,10 @@ class Task(nn.Module):
 
         catalogue: rows of catalogue.parquet; held_folds: folds of items (and users) whose labels are masked in training.
         """
+
+    def reads_items(self, batch: Batch) -> Tensor | None:
+        """Training items whose vectors the loss reads beside those of histories and targets; None: the whole catalogue."""
+        return batch.targets.item_M[:0]
 
     def count(self, batch: Batch) -> Tensor:
         raise NotImplementedError

@@ -72,13 +72,16 @@ class ItemAttribute(ItemTask):
         generator = torch.Generator().manual_seed(batch.step)
         return self.trained_K[torch.randint(len(self.trained_K), (ITEMS_AT_ONCE,), generator=generator).to(self.trained_K.device)]
 
+    def reads_items(self, batch: Batch) -> Tensor | None:
+        return self._items(batch)
+
     def count(self, batch: Batch) -> Tensor:
         """Of every rank's batch: the global count and the global sum are so many times the catalogue's."""
         return torch.tensor(len(self._items(batch)), device=self.trained_K.device)
 
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
         items = self._items(batch)
-        logits, label = self.logits(forward.item_vec_ND[items]), self.label_NC[items]
+        logits, label = self.logits(forward.items[items]), self.label_NC[items]
         if self.several:
             return F.binary_cross_entropy_with_logits(logits, label, reduction="none").mean(1).sum()
         return F.cross_entropy(logits, label.argmax(1), reduction="sum")

@@ -61,15 +61,19 @@ class Retrieval(Task):
             return GeneralisedBce(name, model.width, schema.exclude_seen, negatives, calibration)
         return SampledSoftmax(name, model.width, schema.exclude_seen, negatives)
 
+    def reads_items(self, batch: Batch) -> Tensor | None:
+        return None
+
     def count(self, batch: Batch) -> Tensor:
         return batch.targets.positive_M.sum()
 
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
-        rows, N = self.rows(forward, batch), len(forward.item_vec_ND)
+        rows, vec_ND = self.rows(forward, batch), forward.items.all_ND
+        N = len(vec_ND)
         hidden = [Hidden(rows.row_P * N + rows.item_P)]
         if self.exclude_seen:
             hidden.append(self.seen(rows, batch.history.item_BS, N))
-        return softmax_loss(self.query(rows.state_RD), forward.item_vec_ND, rows.row_P, rows.item_P, N, hidden)
+        return softmax_loss(self.query(rows.state_RD), vec_ND, rows.row_P, rows.item_P, N, hidden)
 
     def rows(self, forward: Forward, batch: Batch) -> Rows:
         targets, L = batch.targets, forward.state_BLD.shape[1]
@@ -101,6 +105,9 @@ class SampledRetrieval(Retrieval):
     def fit_items(self, count_N: Tensor, seed: int) -> None:
         self.negatives.fit(count_N, seed)
 
+    def reads_items(self, batch: Batch) -> Tensor | None:
+        return self.negatives.draw(batch.step)[0]
+
     def hidden(self, rows: Rows, history: HistoryBatch, item_U: Tensor) -> list[Hidden]:
         """What is no negative of a row."""
         own_P = column_of(rows.item_P, item_U)
@@ -114,7 +121,7 @@ class SampledSoftmax(SampledRetrieval):
     def loss_sum(self, forward: Forward, batch: Batch) -> Tensor:
         rows = self.rows(forward, batch)
         item_U, count_U = self.negatives.draw(batch.step)
-        vec_CD = F.embedding(torch.cat([item_U, rows.item_P]), forward.item_vec_ND)
+        vec_CD = forward.items[torch.cat([item_U, rows.item_P])]
         target_P = len(item_U) + _first(rows.item_P)
         hidden, bias_U = self.hidden(rows, batch.history, item_U), self.negatives.correction(item_U, count_U)
         return softmax_loss(self.query(rows.state_RD), vec_CD, rows.row_P, target_P, len(item_U), hidden, bias_U)
@@ -135,13 +142,13 @@ class GeneralisedBce(SampledRetrieval):
         rows, K = self.rows(forward, batch), self.negatives.draws
         item_U, count_U = self.negatives.draw(batch.step)
         query_RD = self.query(rows.state_RD)
-        logit_RU = query_RD @ F.embedding(item_U, forward.item_vec_ND).T
+        logit_RU = query_RD @ forward.items[item_U].T
         away = torch.zeros(logit_RU.numel(), dtype=torch.bool, device=logit_RU.device)
         for h in self.hidden(rows, batch.history, item_U):
             away[h.place] = True
         negative_RU = (F.softplus(logit_RU.float()) * count_U).masked_fill(away.view_as(logit_RU), 0.0)
-        score_P = (F.embedding(rows.row_P, query_RD) * F.embedding(rows.item_P, forward.item_vec_ND)).sum(-1)
-        a = min(1.0, K / max(1, len(forward.item_vec_ND) - 1))
+        score_P = (F.embedding(rows.row_P, query_RD) * forward.items[rows.item_P]).sum(-1)
+        a = min(1.0, K / max(1, len(self.negatives.cumulative_N) - 1))
         beta = a * (self.calibration * (1 - 1 / a) + 1 / a)
         row_sum_R = negative_RU.sum(1)
         return (row_sum_R[rows.row_P] - beta * F.logsigmoid(score_P.float())).sum() / (K + 1)

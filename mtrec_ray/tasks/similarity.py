@@ -48,6 +48,11 @@ class Similarity(Task):
         """Unit vectors whose inner product is the similarity in [-1, 1]."""
         return F.normalize(self.project(item_vec_ND), dim=-1)
 
+    def reads_items(self, batch: Batch) -> Tensor | None:
+        if self.negatives is None:
+            return None
+        return torch.cat([self.negatives.draw(batch.step)[0], batch.pair_anchor_P, batch.pair_positive_P])
+
     def count(self, batch: Batch) -> Tensor:
         return torch.tensor(len(batch.pair_anchor_P), device=batch.pair_anchor_P.device)
 
@@ -55,13 +60,13 @@ class Similarity(Task):
         anchor_P, positive_P = batch.pair_anchor_P, batch.pair_positive_P
         row_P = torch.arange(len(anchor_P), device=anchor_P.device)
         if self.negatives is None:
-            vec_ND = self.vectors(forward.item_vec_ND)
+            vec_ND = self.vectors(forward.items.all_ND)
             N = len(vec_ND)
             hidden = [Hidden(row_P * N + anchor_P), Hidden(row_P * N + positive_P)]
             return softmax_loss(F.embedding(anchor_P, vec_ND) / self.temperature, vec_ND, row_P, positive_P, N, hidden)
         item_U, count_U = self.negatives.draw(batch.step)
         U, P = len(item_U), len(anchor_P)
-        vec_CD = self.vectors(F.embedding(torch.cat([item_U, positive_P, anchor_P]), forward.item_vec_ND))
+        vec_CD = self.vectors(forward.items[torch.cat([item_U, positive_P, anchor_P])])
         columns = [column_of(item_P, item_U) for item_P in (anchor_P, positive_P)]
         hidden = [Hidden((row_P * U + column_P)[column_P >= 0]) for column_P in columns]
         bias_U = self.negatives.correction(item_U, count_U)

@@ -15,6 +15,7 @@ from mtrec_ray import storage
 from mtrec_ray.config import BinaryTask, ConfigError, RunConfig
 from mtrec_ray.models.batch import Batch
 from mtrec_ray.models.chains import Chains, Transfer, logit_of_both, parents_first
+from mtrec_ray.models.item_tower import ItemVectors
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.tasks import Binary, Forward
@@ -40,7 +41,7 @@ def binary(name: str = "t", **config: Any) -> Binary:
 def loss_of(task: Binary, shared: list[list[float]], labels: list[float]) -> float:
     n = len(labels)
     batch = make_batch([0] * n, [0] * n, [True] * n, labels)
-    forward = Forward(torch.zeros(2, 4, 2), torch.zeros(3, 2), {"t": torch.tensor(shared)})
+    forward = Forward(torch.zeros(2, 4, 2), ItemVectors(torch.zeros(3, 2)), {"t": torch.tensor(shared)})
     return float(task.loss_sum(forward, batch).detach())
 
 
@@ -149,7 +150,7 @@ def test_esmm_is_trained_by_the_product_over_all_impressions_and_both_heads_lear
     batch = make_batch([0] * 3, [0] * 3, [True] * 3, [NAN] * 3)
     # never clicked, clicked and in the cart, and one that nobody knows
     batch.targets.labels_M = {"cart": torch.tensor([0.0, 1.0, NAN]), "click": torch.tensor([0.0, 1.0, 1.0])}
-    loss = heads["cart"].loss_sum(Forward(torch.zeros(2, 4, 2), torch.zeros(3, 2), chains(shared, heads)), batch)
+    loss = heads["cart"].loss_sum(Forward(torch.zeros(2, 4, 2), ItemVectors(torch.zeros(3, 2)), chains(shared, heads)), batch)
     assert float(heads["cart"].count(batch)) == 2
     assert float(loss.detach()) == pytest.approx(-math.log(1 - 3 / 8) - math.log(3 / 8), rel=1e-6)
     loss.backward()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from mtrec_ray.models.item_tower import IdResiduals, ItemTower
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.training.feed import WindowCache, collate
-from mtrec_ray.training.worker import build_model, load_schema
+from mtrec_ray.training.worker import build_feed, build_model, load_schema
 from tests import tiny
 from tests.conftest import TinyRun
 
@@ -81,7 +82,7 @@ def test_id_dropout_depends_on_seed_and_step_alone(tiny_run: TinyRun) -> None:
         torch.manual_seed(0)
         tower = ItemTower(tiny_run.config.model, 50, 4, seed)
         torch.manual_seed(noise)  # what a rank drew before must not matter
-        return tower(torch.zeros(50, 4), 50, step)
+        return tower.train_vectors(torch.zeros(50, 4), None, step).vec_UD
 
     assert torch.equal(drawn(0, 3, 1), drawn(0, 3, 2))
     assert not torch.equal(drawn(0, 3, 1), drawn(0, 4, 1))
@@ -94,12 +95,14 @@ def test_hashed_residuals_follow_the_id_and_not_its_number(tiny_run: TinyRun) ->
     ids = np.array([f"item {i}" for i in range(300)], dtype=object)
     residuals.name_items(hash_ids(ids))
     assert residuals.table.weight.shape == (50, config.width)
-    first = residuals(300)
+    first = residuals(slice(300))
     pairs = {tuple(sorted(p)) for p in residuals.bucket_N2.tolist()}
     assert len(pairs) > 200  # far more items are told apart than there are rows
     turned = ids[::-1].copy()
     residuals.name_items(hash_ids(turned))
-    torch.testing.assert_close(residuals(300), first.flip(0))
+    torch.testing.assert_close(residuals(slice(300)), first.flip(0))
+    some = torch.tensor([3, 17, 299])
+    torch.testing.assert_close(residuals(some), first.flip(0)[some])
 
 
 def test_a_model_with_hashed_ids_is_trained_bundled_and_served(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -131,13 +134,13 @@ def test_a_wild_action_does_not_drown_the_state(model: Recommender) -> None:
 
 def test_tokens_change_with_every_part_of_an_event(model: Recommender, cache: WindowCache) -> None:
     batch = collate(cache, np.array([int(np.argmax(np.diff(cache.offsets["history"])))]), model.schema).history
-    base = model.tokens(model.item_vectors(), batch)
+    base = model.tokens(model.item_vectors()[batch.item_BS], batch)
     batch.gap_BS[0, 1] = (batch.gap_BS[0, 1] + 5) % 30
-    gap = model.tokens(model.item_vectors(), batch)
+    gap = model.tokens(model.item_vectors()[batch.item_BS], batch)
     batch.context_BS["device"][0, 1] = (batch.context_BS["device"][0, 1] + 1) % 3
-    context = model.tokens(model.item_vectors(), batch)
+    context = model.tokens(model.item_vectors()[batch.item_BS], batch)
     batch.actions_BS["click"][0, 1] = 0.0
-    action = model.tokens(model.item_vectors(), batch)
+    action = model.tokens(model.item_vectors()[batch.item_BS], batch)
     for a, b in ((base, gap), (gap, context), (context, action)):
         assert not torch.allclose(a[0, 1], b[0, 1])
         torch.testing.assert_close(a[0, 0], b[0, 0])
@@ -162,3 +165,43 @@ def test_the_relative_gain_counts_errors_downwards_and_says_what_was_not_measure
     assert monitored({"like": {"auc": 0.8}, "rating": {"rmse": 1.2}}, train) == pytest.approx(-0.1)
     with pytest.raises(ValueError, match=r"train\.reference\.rating/rmse: .* there is \['like/auc'\]"):
         monitored({"like": {"auc": 0.84}}, train)
+
+
+@pytest.mark.parametrize("buckets", [None, 7])
+def test_the_items_of_a_batch_alone_give_what_the_whole_catalogue_gives(
+    tiny_run: TinyRun, cache: WindowCache, buckets: int | None
+) -> None:
+    """Losses and every gradient, with id dropout, from the vectors of the batch's items and the negatives alone."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["model"].update(id_dropout=0.3, dropout=0.0, id_buckets=buckets)
+        raw["train"].update(batch_windows=1)
+        raw["tasks"]["retrieval"].update(loss="sampled_softmax", negatives=3)
+        raw["tasks"]["similar"].update(negatives=3)
+
+    config, schema = tiny.make_config(tiny_run.folder, change), load_schema(tiny_run.data.prefix)
+    torch.manual_seed(2)
+    model = build_model(config, schema, torch.nn.functional.normalize(torch.randn(schema.n_items, 6), dim=-1))
+    model.fit_items(np.arange(schema.n_train_items, dtype=np.uint64), torch.ones(schema.n_train_items))
+    batch = next(iter(build_feed(config, schema, cache, 0, 1).epoch(0)))[0]
+    items = model.items_of(batch)
+    assert items is not None and len(items) < schema.n_train_items
+
+    def found() -> list[torch.Tensor]:
+        losses = torch.stack(model.train()(batch)[0])
+        return [losses, *torch.autograd.grad(losses.sum(), [p for p in model.parameters() if p.requires_grad])]
+
+    some = found()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "items_of", lambda batch: None)
+        for one, other in zip(some, found(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_task_that_reads_the_whole_catalogue_gets_it(tiny_run: TinyRun, cache: WindowCache, model: Recommender) -> None:
+    batch = next(iter(build_feed(tiny_run.config, model.schema, cache, 0, 1).epoch(0)))[0]
+    assert model.items_of(batch) is None
+    some = model.item_tower.train_vectors(None, torch.tensor([1, 4]), 0)
+    torch.testing.assert_close(some[torch.tensor([[4], [1]])][:, 0], model.item_vectors()[[4, 1]])
+    with pytest.raises(RuntimeError, match="2 item vectors were made, not the catalogue"):
+        _ = some.all_ND

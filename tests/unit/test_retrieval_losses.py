@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mtrec_ray.config import ConfigError, RetrievalTask, SimilarityTask
 from mtrec_ray.models.batch import Batch, HistoryBatch, TargetBatch
+from mtrec_ray.models.item_tower import ItemVectors
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks import Forward, build_task
 from mtrec_ray.tasks import softmax as softmax_module
@@ -51,7 +52,7 @@ def make_batch(step: int = 0) -> Batch:
 def make_forward() -> Forward:
     generator = torch.Generator().manual_seed(4)
     state = torch.randn(B, S + 1, D, generator=generator).requires_grad_()
-    return Forward(state, torch.randn(N, D, generator=generator).requires_grad_(), {})
+    return Forward(state, ItemVectors(torch.randn(N, D, generator=generator).requires_grad_()), {})
 
 
 def moments(batch: Batch) -> Iterator[tuple[int, int, int, set[int]]]:
@@ -66,7 +67,7 @@ def plain(task: Retrieval, forward: Forward, batch: Batch, exclude_seen: bool) -
     """The definition, one positive at a time."""
     total = forward.state_BLD.new_zeros(())
     for w, p, i, own in moments(batch):
-        logit = task.query(forward.state_BLD[w, p]) @ forward.item_vec_ND.T
+        logit = task.query(forward.state_BLD[w, p]) @ forward.items.vec_UD.T
         gone = set(batch.history.item_BS[w, :p].tolist()) - own if exclude_seen else set()
         kept = [j for j in range(N) if j not in gone]
         total = total + torch.logsumexp(logit[kept], 0) - logit[i]
@@ -74,7 +75,7 @@ def plain(task: Retrieval, forward: Forward, batch: Batch, exclude_seen: bool) -
 
 
 def gradients(task: nn.Module, forward: Forward, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [forward.state_BLD, forward.item_vec_ND, *task.query.parameters()]))  # type: ignore[union-attr]
+    return list(torch.autograd.grad(loss, [forward.state_BLD, forward.items.vec_UD, *task.query.parameters()]))  # type: ignore[union-attr]
 
 
 def sampled(kind: type[Any], exclude_seen: bool, draws: int, alpha: float, *more: float) -> Any:
@@ -137,7 +138,7 @@ def test_the_sampled_denominator_is_right_on_average() -> None:
     rows = task.rows(forward, batch)
     with torch.no_grad():
         row = int((rows.window_R * (S + 1) + rows.pos_R == 2).nonzero())  # window 0, position 2: targets 7 and 9
-        score_N = task.query(rows.state_RD[row]) @ forward.item_vec_ND.T
+        score_N = task.query(rows.state_RD[row]) @ forward.items.vec_UD.T
         seen = batch.history.item_BS[0, :2].tolist()
         rest = [i for i in range(N) if i not in (7, 9, *seen)]
         found = []
@@ -157,7 +158,7 @@ def test_a_sampled_softmax_by_hand() -> None:
     q = q / q.sum()
     expected = 0.0
     for w, p, i, own in moments(batch):
-        score = (task.query(forward.state_BLD[w, p]) @ forward.item_vec_ND.T).tolist()
+        score = (task.query(forward.state_BLD[w, p]) @ forward.items.vec_UD.T).tolist()
         seen = set(batch.history.item_BS[w, :p].tolist())
         z = sum(math.exp(score[j]) for j in own)
         z += sum(
@@ -178,7 +179,7 @@ def test_gbce_by_hand(calibration: float) -> None:
     assert beta == pytest.approx(1.0) if calibration == 0 else beta < 1
     expected = 0.0
     for w, p, i, own in moments(batch):
-        score = (task.query(forward.state_BLD[w, p]) @ forward.item_vec_ND.T).tolist()
+        score = (task.query(forward.state_BLD[w, p]) @ forward.items.vec_UD.T).tolist()
         loss = beta * math.log1p(math.exp(-score[i]))
         loss += sum(n * math.log1p(math.exp(score[j])) for j, n in zip(item.tolist(), count.tolist(), strict=True) if j not in own)
         expected += loss / 13
@@ -238,18 +239,18 @@ def test_similarity_with_many_negatives_is_the_one_over_the_catalogue() -> None:
     full, some = Similarity("s", D, 0.3), Similarity("s", D, 0.3, Negatives("s", N, ALL, 0.75))
     some.load_state_dict(full.state_dict())
     some.fit_items(torch.arange(N).float(), 0)
-    vec = full.vectors(forward.item_vec_ND)
+    vec = full.vectors(forward.items.vec_UD)
     logit = vec[batch.pair_anchor_P] @ vec.T / 0.3
     logit = logit.scatter(1, batch.pair_anchor_P[:, None], float("-inf"))
     expected = F.cross_entropy(logit, batch.pair_positive_P, reduction="sum")
-    wanted = torch.autograd.grad(expected, forward.item_vec_ND)[0]
+    wanted = torch.autograd.grad(expected, forward.items.vec_UD)[0]
     torch.testing.assert_close(full.loss_sum(forward, batch), expected)
     torch.testing.assert_close(
-        torch.autograd.grad(full.loss_sum(forward, batch), forward.item_vec_ND)[0], wanted, rtol=1e-4, atol=1e-6
+        torch.autograd.grad(full.loss_sum(forward, batch), forward.items.vec_UD)[0], wanted, rtol=1e-4, atol=1e-6
     )
     loss = some.loss_sum(forward, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=0.01)
-    found = torch.autograd.grad(loss, forward.item_vec_ND)[0]
+    found = torch.autograd.grad(loss, forward.items.vec_UD)[0]
     assert (found - wanted).norm() < 0.03 * wanted.norm()
     batch.pair_anchor_P = batch.pair_positive_P = torch.zeros(0, dtype=torch.long)
     assert some.loss_sum(forward, batch).item() == 0

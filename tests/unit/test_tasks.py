@@ -10,6 +10,7 @@ import torch
 
 from mtrec_ray.config import BinaryTask
 from mtrec_ray.models.batch import Batch, HistoryBatch, TargetBatch
+from mtrec_ray.models.item_tower import ItemVectors
 from mtrec_ray.schema import LabelStats
 from mtrec_ray.tasks import Binary, Forward, Profile, Regression, Retrieval, Similarity
 from mtrec_ray.tasks.wide import Bags, Wide
@@ -41,7 +42,9 @@ def make_batch(
 def make_forward(shared: torch.Tensor | None = None) -> Forward:
     torch.manual_seed(0)
     return Forward(
-        torch.randn(2, 4, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), {} if shared is None else {"t": shared}
+        torch.randn(2, 4, 2),
+        ItemVectors(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])),
+        {} if shared is None else {"t": shared},
     )
 
 
@@ -53,7 +56,7 @@ def test_retrieval_is_log_softmax_over_the_catalogue_summed_over_positives() -> 
     assert int(task.count(batch)) == 3
     expected = 0.0
     for window, pos, item in ((0, 1, 0), (0, 1, 2), (1, 0, 1)):
-        logits = (task.query(forward.state_BLD[window, pos]) @ forward.item_vec_ND.T).tolist()
+        logits = (task.query(forward.state_BLD[window, pos]) @ forward.items.vec_UD.T).tolist()
         expected += math.log(sum(math.exp(v) for v in logits)) - logits[item]
     assert float(task.loss_sum(forward, batch)) == pytest.approx(expected, rel=1e-5)
 
@@ -67,12 +70,12 @@ def test_with_exclude_seen_the_visible_history_leaves_the_denominator_but_never_
     left = {0: (1, [0, 1, 2]), 1: (1, [1, 2]), 3: (2, [2]), 2: (0, [0, 2])}
     expected = 0.0
     for pos, (item, denominator) in left.items():
-        logits = (task.query(forward.state_BLD[0, pos]) @ forward.item_vec_ND.T).tolist()
+        logits = (task.query(forward.state_BLD[0, pos]) @ forward.items.vec_UD.T).tolist()
         expected += math.log(sum(math.exp(logits[i]) for i in denominator)) - logits[item]
     assert float(task.loss_sum(forward, batch)) == pytest.approx(expected, rel=1e-5)
     alone = make_batch([1], [1], [True], [NAN], [1])
     alone.history.item_BS = batch.history.item_BS
-    logits = (task.query(forward.state_BLD[1, 1]) @ forward.item_vec_ND.T).tolist()
+    logits = (task.query(forward.state_BLD[1, 1]) @ forward.items.vec_UD.T).tolist()
     rest = math.log(sum(math.exp(logits[i]) for i in (0, 1)))
     assert float(task.loss_sum(forward, alone)) == pytest.approx(rest - logits[1], rel=1e-5)
 
