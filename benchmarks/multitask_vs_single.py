@@ -173,16 +173,26 @@ def arguments(description: str, config: str, run: str, epochs: int) -> argparse.
     return parser
 
 
-def compare(args: argparse.Namespace, trials: Sequence[Trial], metrics: dict[str, str]) -> dict[str, Any] | None:
-    """Prepare, train and measure; None when something failed, which was said."""
+def prepared(args: argparse.Namespace) -> bool:
+    """Data and text vectors of --run, made unless they are given; False when that failed, which was said."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("mtrec_ray.training").setLevel(logging.WARNING)
-    if not args.prepared:
-        for stage in ("prepare", "encode"):
-            command = [sys.executable, "-m", f"jobs.{stage}", "--config", args.config, "--out", args.run]
-            if subprocess.run(command, check=False).returncode:
-                print(f"{stage} failed", file=sys.stderr)
-                return None
+    for stage in () if args.prepared else ("prepare", "encode"):
+        command = [sys.executable, "-m", f"jobs.{stage}", "--config", args.config, "--out", args.run]
+        if subprocess.run(command, check=False).returncode:
+            print(f"{stage} failed", file=sys.stderr)
+            return False
+    return True
+
+
+def device_name(args: argparse.Namespace) -> str:
+    return torch.cuda.get_device_name() if "train.use_gpu=true" in args.overrides else "cpu"
+
+
+def compare(args: argparse.Namespace, trials: Sequence[Trial], metrics: dict[str, str]) -> dict[str, Any] | None:
+    """Prepare, train and measure; None when something failed, which was said."""
+    if not prepared(args):
+        return None
     torch.set_num_threads(1)
     data, text = (storage.absolute(storage.join(args.run, name)) for name in ("data", "text"))
     where = Where(data, text, storage.absolute(args.out or storage.join(args.run, "cells")))
@@ -194,7 +204,7 @@ def compare(args: argparse.Namespace, trials: Sequence[Trial], metrics: dict[str
             return None
     return detail | {
         "epochs": args.epochs, "trials": list(trials), "seeds": list(SEEDS), "config": args.config, "overrides": args.overrides,
-        "device": torch.cuda.get_device_name() if "train.use_gpu=true" in args.overrides else "cpu",
+        "device": device_name(args),
     }  # fmt: skip
 
 

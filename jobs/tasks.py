@@ -23,6 +23,7 @@ from mtrec_ray.config import load_config
 from mtrec_ray.multitask.cells import Bench, Cell, run_cell, run_cells
 from mtrec_ray.multitask.run import BALANCING, SHARING, Settings, axis, check, study_tasks
 from mtrec_ray.multitask.study import Plan, Runner
+from mtrec_ray.multitask.words import table
 from mtrec_ray.pipeline import run_stages
 
 LIMIT_BROKEN = 3
@@ -62,19 +63,6 @@ def verdict(found: dict[str, Any]) -> int:
     if found["failed"] or gate["not_judged"]:
         return 2
     return LIMIT_BROKEN if gate["broken"] else 0
-
-
-def table(found: dict[str, Any]) -> str:
-    """The end of a study on a terminal."""
-    from mtrec_ray.multitask.words import sentences
-
-    lines = [f"{'task':20} {'metric':12} {'alone':>9} {'together':>9} {'gain':>8}  95 % interval"]
-    for task, g in found["joint"]["tasks"].items():
-        gain = "" if g["gain"] is None else f"{g['gain']:+.2%}"
-        ends = "no interval" if g["low"] is None else f"[{g['low']:+.2%}, {g['high']:+.2%}]"
-        metric = found["tasks"][task]["metric"]
-        lines.append(f"{task:20} {metric:12} {g['reference']:9.4f} {g['value']:9.4f} {gain:>8}  {ends}")
-    return "\n".join([*lines, *sentences(found)])
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -53,3 +53,14 @@ def _gain(g: dict[str, Any]) -> str:
         return "no number"
     ends = "no interval" if g["low"] is None else f"95 % interval {g['low']:+.1%} to {g['high']:+.1%}"
     return f"{g['gain']:+.1%} ({ends})"
+
+
+def table(found: dict[str, Any]) -> str:
+    """The end of a study on a terminal."""
+    lines = [f"{'task':20} {'metric':12} {'alone':>9} {'together':>9} {'gain':>8}  95 % interval"]
+    for task, g in found["joint"]["tasks"].items():
+        gain = "" if g["gain"] is None else f"{g['gain']:+.2%}"
+        ends = "no interval" if g["low"] is None else f"[{g['low']:+.2%}, {g['high']:+.2%}]"
+        metric = found["tasks"][task]["metric"]
+        lines.append(f"{task:20} {metric:12} {g['reference']:9.4f} {g['value']:9.4f} {gain:>8}  {ends}")
+    return "\n".join([*lines, *sentences(found)])
