@@ -46,6 +46,9 @@ bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking_tasks
 	$(BIN)/python -m benchmarks.balancer_cost
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.trunks
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.task_grid
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.retail_tasks
+	$(BIN)/python -m benchmarks.gpu_step || test $$? = 2  # 2: there is no GPU
 	$(BIN)/python -m benchmarks.vs_sasrec
 
 clean:

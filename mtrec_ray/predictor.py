@@ -117,7 +117,8 @@ class Ranked:
 class Predictor:
     """Everything a request needs, in memory.
 
-    model: a trained recommender in eval mode; catalogue: the bundle's item table; fingerprint: the bundle's.
+    model: a trained recommender, on any device; catalogue: the bundle's item table; fingerprint: the bundle's.
+    What goes into the four stages and what comes out of them lies on the CPU; the model's work is done where the model is.
     """
 
     def __init__(
@@ -128,26 +129,26 @@ class Predictor:
         model: Recommender,
         item_vec_ND: Tensor,
         fingerprint: str,
-        device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.schema, self.fingerprint = config, schema, fingerprint
-        self.device = torch.device(device)
         self.model = model.eval()
+        self.device = next(model.parameters()).device
         model.read_catalogue(catalogue)
         self.item_codes = {spec.name: item_features.codes(catalogue, spec.name) for spec in schema.item_features}
         """Item feature -> (N, longest) numbers of its vocabulary."""
         self.item_ids: list[str] = catalogue["item_id"].to_pylist()
         self.titles: list[str] = catalogue["title"].to_pylist()
         self.position = {item_id: i for i, item_id in enumerate(self.item_ids)}
-        self.item_vec_ND = item_vec_ND
-        self.index = ExactIndex(item_vec_ND)
+        self.item_vec_ND = item_vec_ND.cpu()
+        self._vec_ND = item_vec_ND.to(self.device)
+        self.index = ExactIndex(self._vec_ND)
         count_N = torch.from_numpy(catalogue["count"].to_numpy().astype(np.float32))
         self.trained_events = int(count_N.sum())  # training events that are history; what popularity counts
         self.popularity_N = count_N / count_N.sum().clamp(min=1)
         with torch.no_grad():
             similarity = model.similarity
-            normalised = torch.nn.functional.normalize(item_vec_ND, dim=-1)
-            self.similar_vec_ND = normalised if similarity is None else similarity.vectors(item_vec_ND)
+            normalised = torch.nn.functional.normalize(self.item_vec_ND, dim=-1)
+            self.similar_vec_ND = normalised if similarity is None else similarity.vectors(self._vec_ND).cpu()
         fixed = [spec for spec in schema.request_features if spec.at_inference is not None]
         self.fixed = {spec.name: feature_tensor(dense(spec.encode([spec.at_inference]))) for spec in fixed}
         self.final_weights = {
@@ -214,7 +215,7 @@ class Predictor:
     @torch.no_grad()
     def encode_state(self, histories: HistoryBatch) -> Tensor:
         """Histories -> state_BD; an empty history gives the start token's state."""
-        return self.model.encode(self.item_vec_ND, histories)
+        return self.model.encode(self._vec_ND, histories.to(self.device)).cpu()
 
     @torch.no_grad()
     def retrieval_scores(self, state_BD: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +225,7 @@ class Predictor:
         """
         self.config.require_retrieval("ranking items")
         popular_B = length_B == 0
-        score_BN = self.index.scores(self.model.retrieval.query(state_BD))
+        score_BN = self.index.scores(self.model.retrieval.query(state_BD.to(self.device))).cpu()
         return torch.where(popular_B[:, None], self.popularity_N, score_BN), popular_B
 
     def retrieve(self, state_BD: Tensor, length_B: Tensor, seen: Sequence[IntArray], k: int) -> Candidates:
@@ -241,9 +242,8 @@ class Predictor:
         """
         if not self.model.pointwise:
             return {}
-        item_vec = self.item_vec_ND[item_BK.clamp(min=0)]
-        context_B = context_B | {n: v.expand(len(item_BK), *v.shape[1:]) for n, v in self.fixed.items()}
-        return self.model.predict(self.model.share(state_BD[:, None, :], item_vec, context_B))
+        found = self.model.predict(self._shared(state_BD, item_BK, context_B))
+        return {name: values.cpu() for name, values in found.items()}
 
     @torch.no_grad()
     def distributions(self, state_BD: Tensor, item_BK: Tensor, context_B: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -251,9 +251,15 @@ class Predictor:
         tasks = {n: t for n, t in self.model.pointwise.items() if t.several_numbers}
         if not tasks:
             return {}
+        shared = self._shared(state_BD, item_BK, context_B)
+        return {name: task.distribution(shared[name]).cpu() for name, task in tasks.items()}
+
+    def _shared(self, state_BD: Tensor, item_BK: Tensor, context_B: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the heads read, on the model's device."""
         context_B = context_B | {n: v.expand(len(item_BK), *v.shape[1:]) for n, v in self.fixed.items()}
-        shared = self.model.share(state_BD[:, None, :], self.item_vec_ND[item_BK.clamp(min=0)], context_B)
-        return {name: task.distribution(shared[name]) for name, task in tasks.items()}
+        context_B = {n: v.to(self.device) for n, v in context_B.items()}
+        item_vec = self._vec_ND[item_BK.clamp(min=0).to(self.device)]
+        return self.model.share(state_BD[:, None, :].to(self.device), item_vec, context_B)
 
     def finalise(self, candidates: Candidates, predictions: dict[str, Tensor], k: int) -> Ranked:
         """The final order: Σ w·g over the candidates, ties by catalogue position; cut to k.
@@ -380,17 +386,19 @@ class Predictor:
     @torch.no_grad()
     def profile_probabilities(self, state_BD: Tensor, visible: Sequence[IntArray]) -> dict[str, Tensor]:
         """Task name -> probability per class, (B, classes). visible: of EncodedHistories."""
-        bags = Bags.of_lists(visible)
-        return {name: torch.softmax(task.logits(state_BD, bags), dim=-1) for name, task in self.model.profiles.items()}
+        if not self.model.profiles:
+            return {}
+        bags, state_BD = Bags.of_lists(visible).to(self.device), state_BD.to(self.device)
+        return {name: torch.softmax(task.logits(state_BD, bags), dim=-1).cpu() for name, task in self.model.profiles.items()}
 
     @torch.no_grad()
     def item_probabilities(self) -> dict[str, Tensor]:
         """Task that tells something of items -> probability per class, (N, classes)."""
-        return {name: task.item_probabilities(self.item_vec_ND) for name, task in self.model.item_tasks.items()}
+        return {name: task.item_probabilities(self._vec_ND).cpu() for name, task in self.model.item_tasks.items()}
 
     @torch.no_grad()
     def item_attributes(self, item_id: str) -> dict[str, dict[str, float]]:
         """{column: {value: probability}} of one item, from its vector. Raises UnknownItemError."""
-        vec_1D = self.item_vec_ND[torch.from_numpy(self.items([item_id]))]
+        vec_1D = self._vec_ND[torch.from_numpy(self.items([item_id])).to(self.device)]
         found = {t.column: (t.classes, t.item_probabilities(vec_1D)[0].tolist()) for t in self.model.item_tasks.values()}
         return {column: dict(zip(classes, values, strict=True)) for column, (classes, values) in found.items()}

@@ -41,6 +41,9 @@ class HistoryBatch:
     def __len__(self) -> int:
         return len(self.length_B)
 
+    def to(self, device: torch.device) -> HistoryBatch:
+        return _to(self, device)  # type: ignore[no-any-return]
+
 
 @dataclass
 class TargetBatch:
@@ -76,11 +79,13 @@ class Batch:
     """Global optimiser step; seeds what must be the same on all ranks."""
 
     def to(self, device: torch.device) -> Batch:
-        return _to(self, device)
+        return _to(self, device)  # type: ignore[no-any-return]
 
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
+        if value.device == device:
+            return value
         if device.type == "cuda":
             value = value.pin_memory()
         return value.to(device, non_blocking=True)

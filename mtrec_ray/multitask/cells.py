@@ -31,7 +31,7 @@ from mtrec_ray.multitask.objective import mean_gain
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.training.feed import WindowCache
 from mtrec_ray.training.loop import Fitted
-from mtrec_ray.training.worker import build_model, load_schema, mapped_windows, run_worker, training_fingerprint
+from mtrec_ray.training.worker import build_model, device_of, load_schema, mapped_windows, run_worker, training_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +224,7 @@ def _predictor(bench: Bench, config: RunConfig, fitted: Fitted) -> Predictor:
     schema, catalogue = load_schema(prefix), storage.read_table(storage.join(prefix, "catalogue.parquet"))
     model = build_model(config, schema, None if text is None else load_text_vectors(text, catalogue))
     model.load_state_dict(fitted.best_state)
+    model.to(device_of(config))
     with torch.no_grad():
         item_vec_ND = model.eval().item_vectors()
     return Predictor(config, schema, catalogue, model, item_vec_ND, fingerprint="cell")

@@ -34,6 +34,9 @@ class Bags:
         item = np.concatenate([np.zeros(0, np.int64), *visible])
         return cls(torch.from_numpy(row), torch.from_numpy(item), len(visible))
 
+    def to(self, device: torch.device) -> Bags:
+        return Bags(self.row_E.to(device), self.item_E.to(device), self.n)
+
     @classmethod
     def of_windows(cls, history: HistoryBatch, window_W: Tensor) -> Bags:
         """What some windows show at their ends."""

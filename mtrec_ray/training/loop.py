@@ -71,15 +71,11 @@ class Training:
         text_NE, model.text_NE = model.text_NE, None  # it never changes: no copy of it, here or at every step
         self.average = AveragedModel(model, multi_avg_fn=ema) if ema else None
         model.text_NE = text_NE
-        self.share_text()
+        self.kept.text_NE = self.model.text_NE
         if train.compile:
             model.trunk.compile(dynamic=True)
         self.progress = Progress()
         self.best_state: dict[str, Tensor] = {}
-
-    def share_text(self) -> None:
-        """Let the average read the model's text vectors."""
-        self.kept.text_NE = self.model.text_NE
 
     def state(self) -> dict[str, Any]:
         return {
@@ -184,8 +180,6 @@ def fit(
         if (epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs:
             run.kept.eval()
             valid = evaluate(run.kept)
-            run.kept.to(device)  # evaluation moves it to the CPU
-            run.share_text()
             scalars |= {f"valid/{t}/{m}": v for t, ms in valid.items() for m, v in ms.items()}
             value = monitored(valid, train)
             if train.reference:

@@ -56,6 +56,15 @@ def check_machine(config: RunConfig) -> None:
         raise RuntimeError("train.compile: there is no C++ compiler here (g++, clang++); install one, or set it to false")
 
 
+def device_of(config: RunConfig) -> torch.device:
+    """Where this process trains. Raises RuntimeError for a GPU that it does not see."""
+    if not config.train.use_gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError("train.use_gpu: this process sees no GPU; give the worker one, or set it to false")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def build_model(config: RunConfig, schema: LogSchema, text_NE: torch.Tensor | None) -> Recommender:
     """The model with weights that depend on the seed alone."""
     torch.manual_seed(config.seed)
@@ -121,8 +130,8 @@ def valid_evaluator(config: RunConfig, schema: LogSchema, catalogue: pa.Table, c
 
     def evaluate(model: Recommender) -> Metrics:
         with torch.no_grad():
-            item_vec_ND = model.item_vectors().cpu()
-        predictor = Predictor(config, schema, catalogue, model.cpu(), item_vec_ND, fingerprint="training")
+            item_vec_ND = model.item_vectors()
+        predictor = Predictor(config, schema, catalogue, model, item_vec_ND, fingerprint="training")
         statistics = quick_statistics(predictor, cache, mine, folds)
         return quick_metrics(predictor, Statistics.merge(distributed.gather_objects(statistics)), folds)
 
@@ -155,7 +164,7 @@ def run_worker(
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
     tell_items(model, catalogue)
-    device = torch.device("cuda", torch.cuda.current_device()) if config.train.use_gpu else torch.device("cpu")
+    device = device_of(config)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tensor cores for what stays float32
     return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, checkpoints, device)
