@@ -41,9 +41,9 @@ Trial = Mapping[str, Mapping[str, float]]
 """Part of the configuration -> key -> value."""
 TRIALS: tuple[Trial, ...] = (
     {},
-    {"train": {"learning_rate": 0.0005}},
     {"train": {"learning_rate": 0.002}},
     {"model": {"dropout": 0.2}},
+    {"train": {"learning_rate": 0.0005}},
 )
 ALLOWED = 0.03
 
@@ -98,19 +98,23 @@ def width(study: Study) -> dict[str, Any]:
 def run(trials: list[Study]) -> dict[str, Any]:
     """Everything that is measured. Raises RuntimeError when a training failed."""
     first, metrics = SEEDS[0], trials[0].bench.metrics
+    many = SEEDS if len(trials) == 1 else SEEDS[:2]  # nothing to choose: all seeds at once
     singles_first = [(s, [s.bench.single(t, first) for t in metrics]) for s in trials]
-    seconds = [trials[0].bench.single(t, SEEDS[1]) for t in metrics]
-    run_all("trials, every task alone", [(s, [*cells, *(seconds if s is trials[0] else [])]) for s, cells in singles_first])
+    more_seeds = [trials[0].bench.single(t, seed) for t in metrics for seed in many[1:]]
+    run_all("trials, every task alone", [(s, [*cells, *(more_seeds if s is trials[0] else [])]) for s, cells in singles_first])
     _stop(trials)
     detail: dict[str, Any] = {"width": width(trials[0])}
     chosen: dict[str, Study] = {t: max(trials, key=lambda s, t=t: _own(s, t, first)) for t in metrics}  # type: ignore[misc]
+    alone = [(s, [s.bench.single(t, seed) for t in metrics if chosen[t] is s for seed in SEEDS]) for s in trials]
     reference = {t: s.cells([s.bench.single(t, first)])[0]["valid"][t] for t, s in chosen.items()}
-    more = [(s, [s.bench.single(t, seed) for t in metrics if chosen[t] is s for seed in SEEDS]) for s in trials]
-    run_all("seeds alone, trials together", [(s, [*cells, together(s, first, reference)]) for s, cells in more])
-    _stop(trials)
+    if len(trials) > 1:
+        run_all("seeds alone, trials together", [(s, [*cells, together(s, first, reference)]) for s, cells in alone])
+        _stop(trials)
     singles = {seed: {t: s.cells([s.bench.single(t, seed)])[0] for t, s in chosen.items()} for seed in SEEDS}
     references = {seed: {t: found["valid"][t] for t, found in by_task.items()} for seed, by_task in singles.items()}
-    joint = max(trials, key=lambda s: float(s.cells([together(s, first, references[first])])[0]["valid_mean_gain"]))
+    joint = trials[0]
+    if len(trials) > 1:
+        joint = max(trials, key=lambda s: float(s.cells([together(s, first, references[first])])[0]["valid_mean_gain"]))
     cells = [together(joint, s, references[s]) for s in SEEDS]
     joint.run("seeds, together", cells)
     _stop(trials)

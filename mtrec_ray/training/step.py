@@ -6,6 +6,7 @@ Every loss sum is divided by the global count of its labels and scaled by the wo
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -144,7 +145,11 @@ def working_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
 def distribute(losses: nn.Module) -> nn.Module:
     """Under DDP where there is a process group. No buffer of the model changes in training, and the balancer sees to its
     own: none is sent around at every step."""
-    return DistributedDataParallel(losses, forward_sync_buffers=False) if distributed.is_distributed() else losses
+    if not distributed.is_distributed():
+        return losses
+    known = inspect.signature(DistributedDataParallel).parameters
+    quiet = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before torch 2.13
+    return DistributedDataParallel(losses, **{quiet: False})
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
