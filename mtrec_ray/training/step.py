@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,8 @@ def distribute(losses: nn.Module) -> nn.Module:
         return losses
     known = inspect.signature(DistributedDataParallel).parameters
     quiet = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before torch 2.13
-    return DistributedDataParallel(losses, **{quiet: False})
+    options: dict[str, Any] = {quiet: False}
+    return DistributedDataParallel(losses, **options)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
