@@ -133,7 +133,7 @@ def measure(size: Size, trunk: str, precision: str, compiled: bool, tf32: bool, 
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     config = config_of(size, trunk, precision, compiled)
     losses, optimizer = build(config, size, device)
-    working = working_precision(config.train, device)
+    working = working_precision(config, device)
     batches = [batch_of(size, i).to(device) for i in range(BATCHES)]
     began = time.perf_counter()
     for i in range(WARM_UP):

@@ -71,15 +71,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MEMORY)
 
 
+def is_compilation(error: BaseException) -> bool:
+    """By name, since importing torch's compiler takes seconds."""
+    return any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__)
+
+
 @contextlib.contextmanager
-def memory_errors(feed: Rows, epoch: int, step: int, kept: Callable[[], str]) -> Iterator[None]:
-    """Turn an out-of-memory error into TrainingStopped with the batch's coordinates."""
+def step_errors(feed: Rows, epoch: int, step: int, kept: Callable[[], str]) -> Iterator[None]:
+    """Turn an out-of-memory error, and a trunk that cannot be compiled, into TrainingStopped with the cure."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if is_compilation(error):
+            raise TrainingStopped(
+                f"epoch {epoch}, step {step}: torch {torch.__version__} cannot compile the trunk here ({first}). Set "
+                f"train.compile to false, or take another model.trunk. {kept()}"
+            ) from error
         if not is_out_of_memory(error):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TrainingStopped(
             f"epoch {epoch}, step {step}: out of memory ({first}). Raise train.accumulate, or lower train.batch_windows, "
             f"data.window or model.width. {kept()}. {describe(feed.rows(epoch, step, False))}"

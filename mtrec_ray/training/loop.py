@@ -25,7 +25,7 @@ from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.training import distributed
 from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.feed import Feed
-from mtrec_ray.training.guard import FiniteLoss, TrainingStopped, check_weights, memory_errors
+from mtrec_ray.training.guard import FiniteLoss, TrainingStopped, check_weights, step_errors
 from mtrec_ray.training.progress import EpochSums, Progress
 from mtrec_ray.training.step import build_losses, build_optimizer, build_scheduler, distribute, train_step, working_precision
 
@@ -63,7 +63,7 @@ class Training:
     def __init__(self, config: RunConfig, model: Recommender, steps_per_epoch: int, device: torch.device) -> None:
         train = config.train
         self.losses = build_losses(config, model).to(device)
-        self.precision = working_precision(train, device)
+        self.precision = working_precision(config, device)
         self.model = model
         self.optimizer = build_optimizer(self.losses, train)
         self.scheduler = build_scheduler(self.optimizer, train, train.epochs * steps_per_epoch)
@@ -145,7 +145,7 @@ def fit(
         finite = FiniteLoss(names, device)
         steps = feed.epoch(epoch, progress.step, progress.global_step)
         while True:
-            with memory_errors(feed, epoch, progress.step, kept):
+            with step_errors(feed, epoch, progress.step, kept):
                 micro = next(steps, None)
                 if micro is None:
                     break

@@ -21,6 +21,10 @@ from mtrec_ray.models.batch import Batch
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.training import distributed
 
+WIDE = 256
+"""Width from which bfloat16 pays on a GPU: a narrow model waits for the launches of its kernels, and casts are more of them (a
+step of width 64 took 20 ms in float32 with TF32 and 27 ms in bfloat16, one of width 512 103 and 72; benchmarks/gpu_step.py)."""
+
 
 class Losses(nn.Module):
     """The module that DDP wraps: recommender and balancer together, so that the balancer's parameters are averaged too."""
@@ -136,11 +140,13 @@ def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
-def working_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it, else float32."""
-    if config.precision != "auto":
-        return torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+def working_precision(config: RunConfig, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 for a model of some width on a GPU that has it, else float32."""
+    precision = config.train.precision
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    pays = device.type == "cuda" and config.model.width >= WIDE and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if pays else torch.float32
 
 
 def distribute(losses: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from mtrec_ray import storage
 from mtrec_ray.config import ConfigError, TrainConfig
+from mtrec_ray.models.trunks.base import Trunk
 from mtrec_ray.training import worker
 from mtrec_ray.training.feed import WindowCache
+from mtrec_ray.training.guard import TrainingStopped
 from mtrec_ray.training.loop import Training
 from mtrec_ray.training.step import build_optimizer, build_scheduler, train_step, working_precision
 from mtrec_ray.training.worker import build_feed, build_model, check_machine, load_schema, run_worker
@@ -45,9 +48,30 @@ def test_bf16_follows_float32_to_its_own_precision_and_keeps_float32_weights(tin
     assert all(v.dtype == weights[k].dtype for k, v in other.items())
 
 
-def test_auto_precision_is_float32_without_a_gpu() -> None:
-    assert working_precision(TrainConfig(), CPU) == torch.float32
-    assert working_precision(TrainConfig(precision="bf16"), CPU) == torch.bfloat16
+def test_auto_precision_is_float32_without_a_gpu(tiny_folder: Path) -> None:
+    for asked, given in {"auto": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16}.items():
+        config = tiny.make_config(tiny_folder, lambda raw, asked=asked: raw["train"].update(precision=asked))  # type: ignore[misc]
+        assert working_precision(config, CPU) == given
+
+
+@pytest.mark.parametrize(("width", "has", "given"), [(256, True, "bfloat16"), (256, False, "float32"), (64, True, "float32")])
+def test_auto_precision_on_a_gpu_follows_from_the_width_and_the_card(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, width: int, has: bool, given: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has)
+    config = tiny.make_config(tiny_folder, lambda raw: raw["model"].update(width=width))
+    assert working_precision(config, torch.device("cuda")) == getattr(torch, given)
+
+
+def test_a_trunk_that_cannot_be_compiled_stops_the_run_with_the_cure(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        raise BackendCompilerFailed(refuse, AssertionError("no such tiling"), None)
+
+    monkeypatch.setattr(Trunk, "forward", refuse)
+    with pytest.raises(TrainingStopped, match=r"epoch 0, step 0: torch .* cannot compile the trunk here .*train.compile to false"):
+        run_worker(tiny_run.config, tiny_run.data.prefix, None, lambda *_: None)
 
 
 @pytest.mark.slow
