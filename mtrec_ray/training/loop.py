@@ -10,6 +10,7 @@ uninterrupted one drew.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -182,6 +183,11 @@ def fit(
             valid = evaluate(run.kept)
             scalars |= {f"valid/{t}/{m}": v for t, ms in valid.items() for m, v in ms.items()}
             value = monitored(valid, train)
+            if math.isnan(value):
+                raise TrainingStopped(
+                    f"epoch {epoch}: {train.monitor} is not a number on valid, so no checkpoint can be chosen by it: valid has too "
+                    f"few labels of the task (an AUC needs both kinds). Name another train.monitor. {kept()}"
+                )
             if train.reference:
                 scalars["valid/gain"] = relative_gain(valid, train.reference)
             if value > progress.best_value:

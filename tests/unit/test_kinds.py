@@ -29,7 +29,7 @@ from mtrec_ray.tasks.multiclass import Multiclass
 from mtrec_ray.tasks.multilabel import Multilabel
 from mtrec_ray.tasks.regression import Regression, two_hot
 from mtrec_ray.training.feed import WindowCache, collate
-from mtrec_ray.training.worker import build_model, load_schema
+from mtrec_ray.training.worker import build_model, load_schema, tell_items
 from tests import tiny
 from tests.unit import test_append
 
@@ -455,3 +455,37 @@ def test_a_batch_without_labels_gives_every_kind_a_zero_with_gradients(run: tupl
         loss.backward(retain_graph=True)
         missing = [n for n, p in task.named_parameters() if p.grad is None]
         assert not missing, (task.name, missing)
+
+
+COMBINATIONS = [
+    ("sasrec", "shared_bottom", None), ("sasrec", "mmoe", 5), ("ligr", "cgc", None), ("ligr", "ple", 5), ("hstu", "pepnet", None),
+    ("hstu", "ple", 5), ("hstu", "mmoe", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("empty", [True, False])
+@pytest.mark.parametrize(("trunk", "sharing", "negatives"), COMBINATIONS)
+def test_every_weight_gets_a_gradient_even_on_a_rank_without_windows(
+    run: tuple[storage.Directory, Predictor], trunk: str, sharing: str, negatives: int | None, empty: bool
+) -> None:
+    """DDP waits for the gradients of all weights that are trained: a rank with an empty batch must have them too."""
+    data, predictor = run
+    raw = predictor.config.model_dump(mode="json")
+    raw["model"] |= {"trunk": trunk, "sharing": sharing}
+    if negatives is not None:
+        raw["tasks"]["retrieval"] |= {"loss": "sampled_softmax", "negatives": negatives}
+        raw["tasks"]["similar"] |= {"negatives": negatives}
+    config, schema = parse_config(raw, "test"), predictor.schema
+    model = build_model(config, schema, torch.nn.functional.normalize(torch.randn(schema.n_items, 6), dim=-1)).train()
+    tell_items(model, storage.read_table(data.path("catalogue.parquet")))
+    cache = WindowCache.from_table(storage.read_table(data.path("windows", "train")))
+    batch = collate(cache, np.arange(0 if empty else 12), schema)
+    losses, _ = model(batch)
+    torch.stack(losses).sum().backward()
+    assert all(bool(torch.isfinite(loss)) for loss in losses)
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not left_out
+    if empty:
+        told_of_items = ("genre", "tagged", "item_tower")  # the same items on every rank, whatever its windows
+        moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert all(n.startswith("item_tower") or n.split(".")[1] in told_of_items for n in moved), moved

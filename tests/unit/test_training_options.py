@@ -156,3 +156,16 @@ def test_compilation_without_a_compiler_is_refused_before_anything_starts(
 def test_what_cannot_be_is_refused_at_load(tiny_run: TinyRun, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny.make_config(tiny_run.folder, lambda raw: raw.update({k: raw.get(k, {}) | v for k, v in change.items()}))
+
+
+def test_a_monitored_metric_that_is_no_number_stops_at_the_first_evaluation(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else no epoch would ever be the best one, and the run would end without weights."""
+    monitor = tiny_run.config.train.monitor
+    task, _, metric = monitor.partition("/")
+    monkeypatch.setattr(worker, "valid_evaluator", lambda *_: lambda model: {task: {metric: float("nan")}})
+    reported: list[int] = []
+    with pytest.raises(TrainingStopped, match=f"epoch 0: {monitor} is not a number on valid.*Name another train.monitor"):
+        run_worker(tiny_run.config, tiny_run.data.prefix, None, lambda epoch, _: reported.append(epoch))
+    assert not reported

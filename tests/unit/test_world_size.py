@@ -50,7 +50,9 @@ def updated(config: RunConfig, prefix: str, rank: int, world: int, only_last_rat
             break
         labels = torch.cat([b.targets.labels_M["rating"] for b in micro])
         missing |= bool(torch.isnan(labels).all())
-        reported += train_step(wrapped, optimizer, micro).loss_sum_T
+        done = train_step(wrapped, optimizer, micro)
+        losses.balancer.end_epoch(done.loss_sum_T / done.count_T.clamp(min=1))  # an epoch a step, for DWA's sake
+        reported += done.loss_sum_T
     if only_last_rated and world > 1:
         some = distributed.gather_objects(missing)
         assert any(some), "the test wants a rank without labels"
@@ -93,6 +95,7 @@ CASES = [
     ("static", False, 1, {}),
     ("uncertainty", True, 2, {}),
     ("famo", True, 1, {}),
+    ("dwa", True, 1, {}),
     *((kind, True, 1, {}) for kind in GRAMIAN),
     ("upgrad", True, 2, {}),
     ("upgrad", True, 1, {"sharing": "mmoe"}),
