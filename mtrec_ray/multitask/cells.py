@@ -127,6 +127,7 @@ class Bench:
         return storage.fingerprint({
             "version": VERSION, "training": training_fingerprint(config, data, text), "reference": dict(cell.reference),
             "metrics": {t: self.metrics[t] for t in cell.tasks}, "evaluation": judged,
+            "ranking": config.ranking.model_dump(mode="json"),
         })  # fmt: skip
 
     def path(self, cell: Cell) -> str:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.pipeline import run_stages
-from mtrec_ray.training.worker import run_identity
+from mtrec_ray.training.worker import check_machine, run_identity
 from mtrec_ray.tuning.board import Board
 from mtrec_ray.tuning.search import AshaRungs, run_trials, usable_cpus
 from mtrec_ray.tuning.space import Point, Space, draw, start_of, with_values
@@ -62,7 +62,8 @@ def tune(config: RunConfig, space: Space, out: str, plan: Plan) -> Outcome:
     """Search, selecting on valid only, and write OUT/tune.json, trials.csv, best.yaml, tune.html.
 
     A killed search goes on when it is started again. Raises TuneError when OUT holds another search, or when no trial has a
-    value; the messages of the trials are in the files by then.
+    value; the messages of the trials are in the files by then. Raises RuntimeError for what a trial needs and this machine
+    lacks, before the first one is started.
     """
     start, out = start_of(space, config), storage.absolute(out)
     stages = ("prepare",) if config.encoder is None else ("prepare", "encode")
@@ -75,6 +76,8 @@ def tune(config: RunConfig, space: Space, out: str, plan: Plan) -> Outcome:
         points = draw(space, config, plan.trials)
         trials = [load(folder, _trial(p, start)) for p in points]
         configs = {t.name: _config(p.config) for t, p in zip(trials, points, strict=True) if p.config is not None}
+        for tried in configs.values():
+            check_machine(tried)
         accepted = sum(p.config is not None for p in points)
         if accepted < plan.trials:
             log.info("the space has no more than %d points: %d trials instead of %d", accepted, accepted, plan.trials)

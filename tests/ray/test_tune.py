@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,17 @@ def test_a_search_in_which_every_trial_fails_ends_with_code_2_and_says_why(
     assert main(command) == 2
     assert "no trial has a value: 1 failed. ValueError: train.monitor: 'rating/ndcg@10' was not measured" in capsys.readouterr().err
     assert "was not measured" in (out / "trials.csv").read_text() and not (out / "best.yaml").exists()
+
+
+def test_a_missing_solver_of_one_trial_is_said_before_any_trial(
+    ray_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    tiny.write_log(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.raw_config(tmp_path)))
+    (tmp_path / "space.yaml").write_text("search: {balancing.kind: {choice: [static, upgrad]}}")
+    out = tmp_path / "out"
+    command = ["--config", str(tmp_path / "run.yaml"), "--space", str(tmp_path / "space.yaml"), "--out", str(out), "--trials", "2"]
+    assert main(command) == 2
+    assert "balancing.kind: upgrad needs" in capsys.readouterr().err
+    assert [p.name for p in (out / "trials").glob("0*.json")] == []
