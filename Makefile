@@ -41,6 +41,7 @@ bench: install
 	$(BIN)/python -m benchmarks.prepare --curve 1e6,1e7,1e8
 	$(BIN)/python -m benchmarks.append
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality_best
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.multitask_vs_single
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.profiles
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking_tasks
