@@ -94,7 +94,7 @@ class Run:
     def _bundle_inputs(self) -> str:
         self._need(self.trained, "train")
         # how the run is scored afterwards is no part of what is served
-        config = self.config.model_dump(mode="json", exclude={"scoring"})
+        config = self.config.model_dump(mode="json", exclude={"scoring", "pretrain"})
         return storage.fingerprint({"train": self.trained.manifest["inputs"], "config": config})
 
     def _index(self) -> bool:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from mtrec_ray.config.base import Int, Model
 from mtrec_ray.config.data import DataConfig
 from mtrec_ray.config.model import ModelConfig
+from mtrec_ray.config.pretrain import PretrainConfig
 from mtrec_ray.config.tasks import RetrievalTask, TaskConfig
 from mtrec_ray.config.train import GAIN, BalancingConfig, TrainConfig
 
@@ -81,6 +82,7 @@ class RunConfig(Model):
     seed: Int = Field(default=0, ge=0)
     data: DataConfig
     encoder: EncoderConfig | None = None
+    pretrain: PretrainConfig = PretrainConfig()
     model: ModelConfig = ModelConfig()
     tasks: dict[str, TaskConfig]
     balancing: BalancingConfig = BalancingConfig()

@@ -75,7 +75,8 @@ class TrainConfig(Model):
     use_gpu: bool = False
     """One GPU per worker, over NCCL, with batches in pinned memory."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Of the matrix products; weights and losses stay float32. `auto`: bf16 on a GPU that has it, else float32."""
+    """Of the matrix products; weights and losses stay float32. `auto`: bf16 from width 256 on
+    a GPU that has it, else float32."""
     compile: bool = False
     """`torch.compile` the trunk: needs a C++ compiler, and pays in long runs."""
     monitor: str = "retrieval/ndcg@10"

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,28 @@ def resolve_model(name: str) -> str:
     return str(path)
 
 
+def load_tokenizer(name: str, path: str, key: str = "encoder.model") -> Any:
+    """The tokenizer of a model. Raises EncoderError, told of the configuration's key, when the directory is no Hugging Face
+    model or has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    if os.sep in path and Path(path).exists() and not (Path(path) / "config.json").exists():
+        raise EncoderError(f"{key} {name!r}: no config.json in {path}; it is not a Hugging Face model")
+    if Path(path).is_dir() and not any((Path(path) / file).exists() for file in _TOKENIZER_FILES):
+        raise EncoderError(f"{key} {name!r}: {path} has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers and tokenizers each have their own
+        raise EncoderError(_cannot_load(key, name, error)) from None
+
+
+def _cannot_load(key: str, name: str, error: Exception) -> str:
+    return (
+        f"{key} {name!r} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]} "
+        "(a local directory needs config, tokenizer and weights; a hub name needs a network)"
+    )
+
+
 class TextEncoder:
     """A frozen text encoder on one device.
 
@@ -54,22 +77,15 @@ class TextEncoder:
     """
 
     def __init__(self, config: EncoderConfig, device: str | torch.device = "cpu") -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         self.config = config
         path = resolve_model(config.model)
-        if os.sep in path and Path(path).exists() and not (Path(path) / "config.json").exists():
-            raise EncoderError(f"encoder.model {config.model!r}: no config.json in {path}; it is not a Hugging Face model")
-        if Path(path).is_dir() and not any((Path(path) / name).exists() for name in _TOKENIZER_FILES):
-            raise EncoderError(f"encoder.model {config.model!r}: {path} has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
+        self.tokenizer = load_tokenizer(config.model, path)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # transformers, tokenizers and safetensors each have their own
-            raise EncoderError(
-                f"encoder.model {config.model!r} cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]} "
-                "(a local directory needs config, tokenizer and weights; a hub name needs a network)"
-            ) from None
+            raise EncoderError(_cannot_load("encoder.model", config.model, error)) from None
         missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)  # the pooler is not used
         if missing:
             raise EncoderError(f"encoder.model {config.model!r}: the weights of {path} lack {missing[:3]} ({len(missing)} in all)")

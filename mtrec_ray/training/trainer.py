@@ -45,7 +45,7 @@ def _worker(settings: dict[str, Any]) -> None:
     stopped = storage.join(settings["checkpoints"], STOPPED)
     if storage.exists(stopped):
         raise TrainingStopped(storage.read_json(stopped)["why"])
-    writer = _tensorboard(settings["tensorboard"]) if distributed.rank() == 0 else None
+    writer = tensorboard(settings["tensorboard"]) if distributed.rank() == 0 else None
 
     def report(epoch: int, scalars: dict[str, float]) -> None:
         if writer is not None:
@@ -99,7 +99,7 @@ class _WholeSplit(DataConfig):
         return shards
 
 
-def _tensorboard(folder: str) -> Any:
+def tensorboard(folder: str) -> Any:
     if not storage.is_local(folder):
         return None
     from torch.utils.tensorboard import SummaryWriter

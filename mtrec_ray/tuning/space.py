@@ -44,6 +44,7 @@ MEANING = "is what the task means, so trials would not be comparable; make a con
 NEVER = {
     "data": PREPARED,
     "encoder": PREPARED,
+    "pretrain": "makes an encoder, which all trials share; pre-train with each value and tune each",
     "name": "is not trained with; leave it out",
     "seed": "is not searched, since the luckiest would win; --finalists K --seeds S tries other seeds",
     "evaluation": JUDGED + "; set it in the configuration",
