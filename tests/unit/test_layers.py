@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent / "mtrec_ray"
 ROOMS = ["models", "tasks", "balancing", "retrieval", "evaluation", "training", "encoders", "multitask", "tuning", "pretraining"]
 ADAPTERS = {
-    "training/trainer.py", "evaluation/runner.py", "encoders/bulk.py", "pretraining/trainer.py", "tuning/search.py", "tuning/job.py",
+    "training/trainer.py", "evaluation/runner.py", "encoders/bulk.py", "pretraining/trainer.py", "tuning/search.py",
+    "tuning/job.py",
 }  # fmt: skip
 SINGLE = [
     "config", "features.py", "feature_fit.py",
