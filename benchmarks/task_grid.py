@@ -1,8 +1,9 @@
 """Sharing layers x balancers on ML-100K, with the whole conflict report: `python -m benchmarks.task_grid`.
 
 What `python -m jobs.tasks --grid` does, its trainings in processes of this machine instead of Ray tasks. All is chosen on
-valid; one seed for the screen, three for the finalists. Profiles are left out: 189 test users tell no variants apart. Value: mean relative gain on test of the variant that won on valid
-over the plain weighted sum, three seeds. The pictures (tasks.html) stay in the run directory.
+valid; one seed for the screen, three for the finalists. Profiles are left out: 189 test users tell no variants apart.
+Value: mean relative gain on test of the variant that won on valid over the plain weighted sum, three seeds. The pictures
+(tasks.html) stay in the run directory.
 """
 
 from __future__ import annotations
