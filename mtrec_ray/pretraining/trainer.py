@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import ray.train
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
@@ -18,7 +17,7 @@ from mtrec_ray.pretraining.corpus import build_corpus
 from mtrec_ray.pretraining.worker import load, run_worker, start_of
 from mtrec_ray.training import distributed
 from mtrec_ray.training.checkpoint import Checkpoints
-from mtrec_ray.training.trainer import tensorboard
+from mtrec_ray.training.trainer import reporter
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +39,8 @@ def _worker(settings: dict[str, Any]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("mtrec_ray").setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
     config = RunConfig.model_validate_json(settings["config"])
-    writer = tensorboard(settings["tensorboard"]) if distributed.rank() == 0 else None
-
-    def report(epoch: int, scalars: dict[str, float]) -> None:
-        if writer is not None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, epoch + 1)
-            writer.flush()
-        ray.train.report(scalars | {"epoch": epoch + 1})
-
     checkpoints = Checkpoints(settings["checkpoints"], settings["identity"])
-    facts = run_worker(config, settings["data"], settings["prefix"], report, checkpoints)
+    facts = run_worker(config, settings["data"], settings["prefix"], reporter(settings["tensorboard"]), checkpoints)
     if distributed.rank() == 0:
         storage.write_json(storage.join(settings["prefix"], "pretraining.json"), facts)
 

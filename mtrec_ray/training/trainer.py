@@ -25,6 +25,7 @@ from mtrec_ray.config import RunConfig
 from mtrec_ray.training import distributed
 from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.guard import TrainingStopped
+from mtrec_ray.training.loop import Report
 from mtrec_ray.training.stream import Tables
 from mtrec_ray.training.worker import check_machine, run_identity, run_worker, training_fingerprint
 
@@ -45,19 +46,10 @@ def _worker(settings: dict[str, Any]) -> None:
     stopped = storage.join(settings["checkpoints"], STOPPED)
     if storage.exists(stopped):
         raise TrainingStopped(storage.read_json(stopped)["why"])
-    writer = tensorboard(settings["tensorboard"]) if distributed.rank() == 0 else None
-
-    def report(epoch: int, scalars: dict[str, float]) -> None:
-        if writer is not None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, epoch + 1)
-            writer.flush()
-        ray.train.report(scalars | {"epoch": epoch + 1})  # every rank, equally often
-
     tables = _stream() if config.train.feed == "stream" else None
     checkpoints = Checkpoints(settings["checkpoints"], settings["identity"])
     try:
-        fitted = run_worker(config, settings["data"], settings["text"], report, checkpoints, tables)
+        fitted = run_worker(config, settings["data"], settings["text"], reporter(settings["tensorboard"]), checkpoints, tables)
     except TrainingStopped as error:
         storage.write_json(stopped, {"why": str(error)})
         raise
@@ -99,12 +91,22 @@ class _WholeSplit(DataConfig):
         return shards
 
 
-def tensorboard(folder: str) -> Any:
-    if not storage.is_local(folder):
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+def reporter(tensorboard: str) -> Report:
+    """Numbers of an epoch to Ray Train, and from rank 0 into a local TensorBoard folder."""
+    writer: Any = None
+    if distributed.rank() == 0 and storage.is_local(tensorboard):
+        from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(folder)
+        writer = SummaryWriter(tensorboard)
+
+    def report(epoch: int, scalars: dict[str, float]) -> None:
+        if writer is not None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, epoch + 1)
+            writer.flush()
+        ray.train.report(scalars | {"epoch": epoch + 1})  # every rank, equally often
+
+    return report
 
 
 def train(config: RunConfig, data: storage.Directory, text: storage.Directory | None, root: str) -> storage.Directory:
