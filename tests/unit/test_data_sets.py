@@ -170,6 +170,7 @@ def completejourney(folder: Path) -> None:
 
 SAMPLES: dict[str, Callable[[Path], None]] = {
     "ml100k": ml100k,
+    "ml100k_best": ml100k,
     "ml1m": ml1m,
     "ml25m": ml25m,
     "amazon2023": amazon2023,
