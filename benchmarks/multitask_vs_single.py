@@ -75,16 +75,10 @@ def together(study: Study, seed: int, reference: dict[str, float]) -> Cell:
 
 
 def run_all(stage: str, wanted: Sequence[tuple[Study, Sequence[Cell]]]) -> None:
-    """Cells of several studies at once: their runner may have several processes. What two of them share is trained once."""
-    first: dict[str, Study] = {}
-    for study, cells in wanted:
-        for cell in cells:
-            first.setdefault(study.key(cell), study)
+    """Cells of several studies at once: their runner may have several processes."""
     with ThreadPoolExecutor(len(wanted)) as threads:
-        for done in [threads.submit(s.run, stage, [c for c in cells if first[s.key(c)] is s]) for s, cells in wanted]:
+        for done in [threads.submit(study.run, stage, cells) for study, cells in wanted]:
             done.result()
-    for study, cells in wanted:
-        study.run(stage, cells)
 
 
 def failed(trials: list[Study]) -> list[str]:
@@ -104,26 +98,19 @@ def width(study: Study) -> dict[str, Any]:
 def run(trials: list[Study]) -> dict[str, Any]:
     """Everything that is measured. Raises RuntimeError when a training failed."""
     first, metrics = SEEDS[0], trials[0].bench.metrics
-    shared = len({s.key(s.bench.single(t, first)) for s in trials for t in metrics}) == len(metrics)
-    many = SEEDS if shared else SEEDS[:2]  # settings that single-task models do not see: nothing to choose there
+    many = SEEDS[:2] if len(trials) > 1 else SEEDS  # two for the width; with one setting there is nothing to choose first
     alone = [trials[0].bench.single(t, seed) for t in metrics for seed in many]
     run_all("tasks alone", [(s, alone if s is trials[0] else [s.bench.single(t, first) for t in metrics]) for s in trials])
     _stop(trials)
     detail: dict[str, Any] = {"width": width(trials[0])}
     chosen: dict[str, Study] = {t: max(trials, key=lambda s, t=t: _own(s, t, first)) for t in metrics}  # type: ignore[misc]
-    singles = {seed: {t: s.cells([s.bench.single(t, seed)]) for t, s in chosen.items()} for seed in many}
-    references = {seed: {t: found[0]["valid"][t] for t, found in by.items()} for seed, by in singles.items() if all(by.values())}
-    now = many if shared else SEEDS[:1]
-    rest = [
-        (s, [*(s.bench.single(t, seed) for t in metrics if chosen[t] is s for seed in SEEDS)]
-            + [together(s, seed, references[seed]) for seed in now])
-        for s in trials
-    ]  # fmt: skip
-    run_all("seeds alone, trials together", rest)
+    run_all("seeds alone", [(s, [s.bench.single(t, x) for t in metrics if chosen[t] is s for x in SEEDS]) for s in trials])
     _stop(trials)
-    singles = {seed: {t: s.cells([s.bench.single(t, seed)]) for t, s in chosen.items()} for seed in SEEDS}
-    references = {seed: {t: found[0]["valid"][t] for t, found in by.items()} for seed, by in singles.items()}
+    singles = {seed: {t: s.cells([s.bench.single(t, seed)])[0] for t, s in chosen.items()} for seed in SEEDS}
+    references = {seed: {t: found["valid"][t] for t, found in by_task.items()} for seed, by_task in singles.items()}
     reference = references[first]
+    run_all("trials together", [(s, [together(s, first, reference)]) for s in trials])
+    _stop(trials)
     joint = max(trials, key=lambda s: float(s.cells([together(s, first, reference)])[0]["valid_mean_gain"]))
     cells = [together(joint, s, references[s]) for s in SEEDS]
     joint.run("seeds, together", cells)
@@ -131,18 +118,18 @@ def run(trials: list[Study]) -> dict[str, Any]:
     config = joint.bench.config
     old: dict[str, Any] = {}
     for task in metrics:
-        old |= test_values([singles[s][task][0] for s in SEEDS], config, 0)
+        old |= test_values([singles[s][task] for s in SEEDS], config, 0)
     new = test_values(joint.cells(cells), config, 1)
-    settings = [s.bench.config.model_dump(mode="json") for s in trials]
+    settings = trials[0].bench.config.model_dump(mode="json", include={"model", "tasks", "balancing", "train"})
     detail |= {
         "gains": summarise_gains(gain_resamples(new, old, metrics), old, new),
         "chosen": {t: trials.index(s) for t, s in chosen.items()} | {"together": trials.index(joint)},
-        "alone": {t: [singles[s][t][0]["test"][t][m] for s in SEEDS] for t, m in metrics.items()},
+        "alone": {t: [singles[s][t]["test"][t][m] for s in SEEDS] for t, m in metrics.items()},
         "together": {t: [c["test"][t][m] for c in joint.cells(cells)] for t, m in metrics.items()},
-        "best_epochs": {t: [singles[s][t][0]["best_epoch"] + 1 for s in SEEDS] for t in metrics}
+        "best_epochs": {t: [singles[s][t]["best_epoch"] + 1 for s in SEEDS] for t in metrics}
         | {"together": [c["best_epoch"] + 1 for c in joint.cells(cells)]},
         "steps": sorted({int(c["steps"]) for s in trials for c in s.found.values()}),
-        "settings": [{k: s[k] for k in ("model", "tasks", "balancing", "train")} for s in settings[:1]],
+        "settings": settings,
     }  # fmt: skip
     assert len(detail["steps"]) == 1, "the budgets differ"
     detail["steps"] = detail["steps"][0]

@@ -225,7 +225,7 @@ def _predictor(bench: Bench, config: RunConfig, fitted: Fitted) -> Predictor:
     schema, catalogue = load_schema(prefix), storage.read_table(storage.join(prefix, "catalogue.parquet"))
     model = build_model(config, schema, None if text is None else load_text_vectors(text, catalogue))
     model.load_state_dict(fitted.best_state)
-    model.to(device_of(config))
+    model.to(device_of(config.train.use_gpu))
     with torch.no_grad():
         item_vec_ND = model.eval().item_vectors()
     return Predictor(config, schema, catalogue, model, item_vec_ND, fingerprint="cell")

@@ -36,12 +36,16 @@ class Special:
         return cls(begin, (end,), pad, tokenizer.mask_token_id, tuple(sorted({*tokenizer.all_special_ids, pad})), len(tokenizer))
 
 
+def rows_of(texts: list[list[int]], block: int, special: Special) -> int:
+    """Rows that the texts fill, in any order."""
+    return -(-sum(len(t) + len(special.between) for t in texts) // (block - len(special.begin)))
+
+
 def pack(texts: list[list[int]], block: int, special: Special) -> tuple[Tensor, Tensor]:
     """Token lists, in this order -> token_NT (int64) and real_NT (bool), T = block. Nothing is cut off: a text goes on in the
     next row, and the last row is padded (RoBERTa's full sentences, Liu et al. 2019, arXiv 1907.11692)."""
-    body = block - len(special.begin)
+    body, rows = block - len(special.begin), rows_of(texts, block, special)
     stream = np.concatenate([np.zeros(0, np.int64), *[np.array([*t, *special.between], np.int64) for t in texts]])
-    rows = -(-len(stream) // body)
     token = np.full((rows, block), special.pad, np.int64)
     token[:, : len(special.begin)] = special.begin
     filled = np.full(rows * body, special.pad, np.int64)
@@ -57,7 +61,8 @@ def masked(token_BT: Tensor, real_BT: Tensor, special: Special, share: float, se
     """What the model sees and what it must say -> (token_BT, label_BT).
 
     `share` of the real tokens are chosen anew for every seed (dynamic masking); of these 80 % become the mask, 10 % a random
-    token, 10 % stay (Devlin et al. 2019, arXiv 1810.04805).
+    token, 10 % stay (Devlin et al. 2019, arXiv 1810.04805). transformers' DataCollatorForLanguageModeling does this from a state of
+    its own; here a step's masks come from its seed alone, on any number of ranks and after a resume.
     """
     assert special.mask is not None
     generator = torch.Generator().manual_seed(seed % 2**63)

@@ -74,9 +74,8 @@ def _histories(config: PretrainConfig, data_prefix: str, catalogue: pa.Table) ->
     users = _chosen_users(config, data_prefix)
     texts: list[str] = []
     owners: list[np.uint64] = []
-    parts = [storage.read_table(uri, COLUMNS) for uri in _files(data_prefix)]  # a user's windows are all in one file
-    for table in parts:
-        flat = _positives(table, users)
+    for uri in _files(data_prefix):  # a user's windows are all in one file
+        flat = _positives(storage.read_table(uri, COLUMNS), users)
         user, item = flat["user"].to_numpy(), flat["item"].to_numpy()
         for rows in np.split(np.arange(len(user)), np.flatnonzero(user[1:] != user[:-1]) + 1):
             for begin in range(0, len(rows), config.history_items):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtrec_ray.config.pretrain import PretrainConfig
-from mtrec_ray.pretraining.blocks import IGNORED, Special, following, masked, order, pack
+from mtrec_ray.pretraining.blocks import IGNORED, Special, following, masked, order, pack, rows_of
 from mtrec_ray.training import distributed
 from mtrec_ray.training.checkpoint import Checkpoints
-from mtrec_ray.training.step import distribute
+from mtrec_ray.training.step import autocast, build_optimizer, build_scheduler, distribute
 
 log = logging.getLogger(__name__)
 
@@ -98,20 +97,22 @@ def fit(
     Texts are packed in another order every epoch; perplexity is that of the held-out texts, by kind, before training and after
     every epoch. A killed run goes on from its last checkpoint. Raises PretrainStopped when the loss is not finite.
     """
-    device = device or torch.device("cpu")
+    started, device = time.perf_counter(), device or torch.device("cpu")
     losses = LossSum(model.to(device))
     held = {kind: Rows(t, config, special, mlm) for kind, t in texts.held.items()}
-    steps_per_epoch = -(-len(_epoch_rows(texts, config, special, mlm, seed, 0)) // config.batch_blocks)
+    n_rows = rows_of(texts.train, config.block, special)
+    steps_per_epoch = -(-n_rows // config.batch_blocks)
     steps = steps_per_epoch * config.epochs
-    optimizer = torch.optim.AdamW(_groups(losses, config), lr=config.learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup_share))
-    progress, history, tokens = Progress(), [], 0
+    optimizer = build_optimizer(losses, config)
+    scheduler = build_scheduler(optimizer, steps, round(config.warmup_share * steps), cosine=True)
+    progress, history, tokens, seconds = Progress(), [], 0, 0.0
     resumed = None if checkpoints is None else checkpoints.resume()
     if resumed is not None:
         losses.load_state_dict(resumed["losses"])
         optimizer.load_state_dict(resumed["optimizer"])
         scheduler.load_state_dict(resumed["scheduler"])
         progress, history, tokens = Progress(**resumed["progress"]), resumed["history"], resumed["tokens"]
+        seconds = resumed["seconds"]
     else:
         history.append(perplexity(losses, held, device))
         report(-1, {f"perplexity/{k}": v for k, v in history[0].items()})
@@ -121,10 +122,10 @@ def fit(
             checkpoints.save({
                 "losses": losses.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                 "progress": asdict(progress), "history": history, "tokens": tokens,
+                "seconds": seconds + time.perf_counter() - started,
             })  # fmt: skip
 
     wrapped = distribute(losses)
-    started = time.perf_counter()
     while progress.epoch < config.epochs:
         losses.train()
         rows = _epoch_rows(texts, config, special, mlm, seed, progress.epoch)
@@ -147,8 +148,8 @@ def fit(
         report(progress.epoch, scalars)
         progress = Progress(progress.epoch + 1, 0, progress.global_step)
         save()
-    return {"perplexity": history, "steps": steps, "tokens": tokens, "seconds": time.perf_counter() - started,
-            "rows": len(_epoch_rows(texts, config, special, mlm, seed, 0)), "texts": len(texts.train),
+    return {"perplexity": history, "steps": steps, "tokens": tokens, "seconds": seconds + time.perf_counter() - started,
+            "rows": n_rows, "texts": len(texts.train),
             "held_out": {k: len(v) for k, v in texts.held.items()}}  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def _step(
         token, real, label = token[mine], real[mine], label[mine]
     torch.manual_seed(_seed(seed, progress.global_step) + rank + 1)  # dropout
     optimizer.zero_grad(set_to_none=True)
-    with _autocast(device):
+    with autocast(device, torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32):
         loss_sum = wrapped(token.to(device), real.to(device), label.to(device))
     (loss_sum * world / max(1, labels)).backward()  # DDP averages over the ranks
     torch.nn.utils.clip_grad_norm_(wrapped.parameters(), config.clip_norm)
@@ -201,26 +202,5 @@ def _epoch_rows(texts: Texts, config: PretrainConfig, special: Special, mlm: boo
     return Rows([texts.train[i] for i in order(len(texts.train), seed * 1_000_003 + epoch)], config, special, mlm)
 
 
-def _groups(losses: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
-    """No decay on biases and norms."""
-    decay = [p for p in losses.parameters() if p.ndim > 1]
-    plain = [p for p in losses.parameters() if p.ndim <= 1]
-    return [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def _rate(step: int, steps: int, warmup_share: float) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warmup = max(1, round(warmup_share * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-
 def _seed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step * 4_099) % 2**62
-
-
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported():
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=torch.bfloat16)

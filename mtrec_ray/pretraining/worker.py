@@ -19,6 +19,7 @@ from mtrec_ray.pretraining.corpus import build_corpus
 from mtrec_ray.pretraining.loop import Report, Texts, fit
 from mtrec_ray.training import distributed
 from mtrec_ray.training.checkpoint import Checkpoints
+from mtrec_ray.training.worker import device_of
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def run_worker(
     corpus = build_corpus(settings, data_prefix)
     texts = Texts(tokens_of(tokenizer, corpus.train), {k: tokens_of(tokenizer, v) for k, v in corpus.held.items()})
     texts.held = {k: v for k, v in texts.held.items() if v}
-    device = torch.device("cuda", torch.cuda.current_device()) if settings.use_gpu else torch.device("cpu")
+    device = device_of(settings.use_gpu, "pretrain.use_gpu")
     facts = fit(settings, config.seed, model, texts, Special.of(tokenizer), mlm, report, checkpoints, device)
     facts |= {"objective": "mlm" if mlm else "clm", "parameters": sum(p.numel() for p in model.parameters()),
               "workers": distributed.world_size(), "started_from": start_of(config), "fresh": settings.fresh}  # fmt: skip

@@ -67,7 +67,9 @@ class Training:
         self.precision = working_precision(config, device)
         self.model = model
         self.optimizer = build_optimizer(self.losses, train)
-        self.scheduler = build_scheduler(self.optimizer, train, train.epochs * steps_per_epoch)
+        self.scheduler = build_scheduler(
+            self.optimizer, train.epochs * steps_per_epoch, train.warmup_steps, train.schedule == "cosine"
+        )
         ema = get_ema_multi_avg_fn(train.ema) if train.ema else None  # type: ignore[no-untyped-call]
         text_NE, model.text_NE = model.text_NE, None  # it never changes: no copy of it, here or at every step
         self.average = AveragedModel(model, multi_avg_fn=ema) if ema else None

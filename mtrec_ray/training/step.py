@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtrec_ray.balancing import Balancer, GradientRecord, build_balancer, gramian
-from mtrec_ray.config import RunConfig, TrainConfig
+from mtrec_ray.config import PretrainConfig, RunConfig, TrainConfig
 from mtrec_ray.models.batch import Batch
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.training import distributed
@@ -116,7 +116,7 @@ def train_step(losses: nn.Module, optimizer: torch.optim.Optimizer, micro: list[
         last = i == len(micro) - 1
         quiet = contextlib.nullcontext() if last or not hasattr(losses, "no_sync") else losses.no_sync()  # type: ignore[operator]
         with quiet:
-            with _autocast(count_T.device, precision):
+            with autocast(count_T.device, precision):
                 loss, sum_T = losses(batch, count_T, len(micro))
             loss.backward()
         total_T += sum_T
@@ -130,13 +130,14 @@ def train_step(losses: nn.Module, optimizer: torch.optim.Optimizer, micro: list[
         torch.set_rng_state(draws[0])
         if draws[1] is not None:
             torch.cuda.set_rng_state(draws[1])
-        with torch.no_grad(), _autocast(count_T.device, precision):
+        with torch.no_grad(), autocast(count_T.device, precision):
             after_T = distributed.all_reduce_sum(torch.stack([torch.stack(model(b)[0]) for b in micro]).sum(0))
         balancer.see_losses_after(after_T / count_T.clamp(min=1e-12), (count_T > 0).float())
     return Step(total_T, count_T, size_2)
 
 
-def _autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Matrix products in bfloat16 where that is the precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
@@ -155,12 +156,12 @@ def distribute(losses: nn.Module) -> nn.Module:
     if not distributed.is_distributed():
         return losses
     known = inspect.signature(DistributedDataParallel).parameters
-    quiet = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before torch 2.13
+    quiet = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name in torch 2.11
     options: dict[str, Any] = {quiet: False}
     return DistributedDataParallel(losses, **options)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: TrainConfig | PretrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), fused; no decay on biases, norms and learned task weights."""
     decay = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim <= 1]
@@ -168,15 +169,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then constant or a cosine to zero over all configured epochs."""
+def build_scheduler(optimizer: torch.optim.Optimizer, steps: int, warmup: int, cosine: bool) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up of so many steps, then constant or a cosine to zero over all steps."""
 
     def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "constant":
+        if step < warmup:
+            return (step + 1) / warmup
+        if not cosine:
             return 1.0
-        share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        share = (step - warmup) / max(1, steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -56,12 +56,12 @@ def check_machine(config: RunConfig) -> None:
         raise RuntimeError("train.compile: there is no C++ compiler here (g++, clang++); install one, or set it to false")
 
 
-def device_of(config: RunConfig) -> torch.device:
+def device_of(use_gpu: bool, key: str = "train.use_gpu") -> torch.device:
     """Where this process trains. Raises RuntimeError for a GPU that it does not see."""
-    if not config.train.use_gpu:
+    if not use_gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise RuntimeError("train.use_gpu: this process sees no GPU; give the worker one, or set it to false")
+        raise RuntimeError(f"{key}: this process sees no GPU; give the worker one, or set it to false")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -164,7 +164,7 @@ def run_worker(
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
     tell_items(model, catalogue)
-    device = device_of(config)
+    device = device_of(config.train.use_gpu)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tensor cores for what stays float32
     return fit(config, model, feed, valid_evaluator(config, schema, catalogue, valid), report, checkpoints, device)

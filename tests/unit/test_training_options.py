@@ -124,7 +124,7 @@ def test_clipping_bounds_the_step(tiny_run: TinyRun) -> None:
 def test_warm_up_is_linear_and_the_cosine_ends_at_zero() -> None:
     config = TrainConfig(learning_rate=1.0, schedule="cosine", warmup_steps=4)
     optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
-    scheduler = build_scheduler(optimizer, config, steps=12)
+    scheduler = build_scheduler(optimizer, 12, config.warmup_steps, cosine=True)
     rates = []
     for _ in range(13):
         rates.append(scheduler.get_last_lr()[0])
