@@ -5,10 +5,11 @@ the path of the key and what was expected; `key.path=value` on the command line 
 """
 
 from mtrec_ray.config.data import AttributeConfig, DataConfig, ItemTextConfig, LabelConfig, PseudonymConfig, TableConfig
+from mtrec_ray.config.encoder import EncoderConfig, TuningConfig
 from mtrec_ray.config.load import ConfigError, load_config, parse_config
 from mtrec_ray.config.model import ModelConfig
 from mtrec_ray.config.pretrain import PretrainConfig
-from mtrec_ray.config.run import EncoderConfig, EvaluationConfig, NoRetrievalError, RankingConfig, RunConfig, ScoringConfig
+from mtrec_ray.config.run import EvaluationConfig, NoRetrievalError, RankingConfig, RunConfig, ScoringConfig
 from mtrec_ray.config.tasks import (
     BaseTask,
     BinaryTask,
@@ -52,6 +53,7 @@ __all__ = [
     "TableConfig",
     "TaskConfig",
     "TrainConfig",
+    "TuningConfig",
     "load_config",
     "parse_config",
 ]

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mtrec_ray.config.base import Int, Model
 from mtrec_ray.config.data import DataConfig
+from mtrec_ray.config.encoder import EncoderConfig
 from mtrec_ray.config.model import ModelConfig
 from mtrec_ray.config.pretrain import PretrainConfig
 from mtrec_ray.config.tasks import RetrievalTask, TaskConfig
@@ -22,18 +23,6 @@ class NoRetrievalError(ValueError):
             f"tasks: {what} needs a task of kind retrieval, which chooses the candidates; add retrieval: {{kind: retrieval}} to "
             "tasks and train again"
         )
-
-
-class EncoderConfig(Model):
-    """The TextEncoder: a transformer from Hugging Face."""
-
-    model: str
-    """A local directory, `package:NAME/DIR` (a directory inside an installed package) or a hub name."""
-    pooling: Literal["mean", "last", "cls"] = "mean"
-    max_tokens: Int = Field(default=128, ge=4)
-    batch_size: Int = Field(default=64, ge=1)
-    workers: Int = Field(default=1, ge=1)
-    """Ray Data actors."""
 
 
 class RankingConfig(Model):

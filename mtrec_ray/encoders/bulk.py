@@ -1,4 +1,8 @@
-"""encode: every distinct item text through the TextEncoder, by Ray Data actors, cached by text and model."""
+"""encode: every distinct item text through the TextEncoder, by Ray Data actors, cached by text and model.
+
+Texts are sorted by length and cut into shards. A finished shard is a file, so a killed job goes on with those that are missing;
+texts that the last published vectors of the same encoder already hold are not encoded again.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +14,42 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
+from numpy.typing import NDArray
 
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, RunConfig
-from mtrec_ray.encoders.text import TextEncoder, resolve_model
+from mtrec_ray.encoders.loading import resolve_model
+from mtrec_ray.encoders.text import TextEncoder
 
 log = logging.getLogger(__name__)
 
+SHARD = 1024
+"""Texts of a shard."""
+
 
 class _Actor:
-    """One encoder per actor."""
+    """One encoder per actor. A shard is written whole or not at all."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, folder: str) -> None:
         torch.set_num_threads(1)
-        self.encoder = TextEncoder(config, "cuda" if torch.cuda.is_available() else "cpu")
+        self.folder = folder
+        self.encoder = TextEncoder(config, "cuda" if torch.cuda.is_available() and config.precision != "int8" else "cpu")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        texts = batch["text"].tolist()
-        return {"place": batch["place"], "vector": self.encoder.encode(texts)}
+        for number, texts in zip(batch["shard"], batch["texts"], strict=True):
+            storage.write_bytes(_file(self.folder, int(number)), _bytes(self.encoder.encode(list(texts))))
+        return {"shard": batch["shard"], "count": np.array([len(t) for t in batch["texts"]])}
 
 
 def encoder_identity(config: EncoderConfig) -> dict[str, Any]:
-    """What decides a text's vector: the model's files (or hub name), pooling, length."""
+    """What decides a text's vector: the model's files (or hub name), pooling, length, instruction, precision."""
     path = resolve_model(config.model)
-    content = storage.file_fingerprint(path) if Path(path).is_dir() else path
-    return {"model": config.model, "content": content, "pooling": config.pooling, "max_tokens": config.max_tokens}
+    content = storage.file_fingerprint(path) if Path(path).exists() else path
+    settings = config.model_dump(mode="json", include={"model", "pooling", "max_tokens", "instruction", "long_texts", "precision"})
+    return settings | {"content": content}
 
 
 def encode(config: RunConfig, data: storage.Directory, root: str) -> storage.Directory | None:
@@ -54,29 +67,75 @@ def encode(config: RunConfig, data: storage.Directory, root: str) -> storage.Dir
     if directory.is_published(inputs):
         log.info("encode: reused %s", directory.root)
         return directory
-    TextEncoder(config.encoder)  # what is wrong with the model is said here, before any worker starts
+    width = TextEncoder(config.encoder).width  # what is wrong with the model is said here, before any worker starts
+    vectors = np.zeros((len(texts), width), np.float32)
+    known = _known(directory, texts, identity, vectors)
+    new = np.flatnonzero(~known)
+    if len(new) < len(texts):
+        log.info("encode: %d of %d texts are known from the vectors before", len(texts) - len(new), len(texts))
+    folder = storage.join(directory.root, "_shards", inputs[:16])
+    shards = [new[begin : begin + SHARD] for begin in range(0, len(new), SHARD)]
+    _encode_shards(config.encoder, folder, [[texts[i] for i in places] for places in shards])
+    for number, places in enumerate(shards):
+        vectors[places] = _read(folder, number)
     prefix = directory.begin(inputs)
-    started = time.perf_counter()
-    vectors: np.ndarray | None = None
-    done = 0
-    size = config.encoder.batch_size * 4
-    rows = [{"place": i, "text": t} for i, t in enumerate(texts)]
-    dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(64, len(rows) // size))).map_batches(
+    storage.write_bytes(storage.join(prefix, "vectors.npy"), _bytes(vectors))
+    storage.write_table(storage.join(prefix, "texts.parquet"), pa.table({"text": pa.array(texts, pa.string())}))
+    directory.publish(inputs, kind="text", encoder=identity, width=width, texts=len(texts), encoded=len(new))
+    storage.delete(storage.join(directory.root, "_shards"))
+    return directory
+
+
+def _known(
+    directory: storage.Directory, texts: list[str], identity: dict[str, Any], vectors: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Fill in what the published vectors of the same encoder hold -> which texts those were."""
+    nothing = np.zeros(len(texts), dtype=bool)
+    try:
+        if directory.manifest.get("encoder") != identity:
+            return nothing
+    except storage.StorageError:  # none, or one of another version
+        return nothing
+    old = storage.read_table(directory.path("texts.parquet"))["text"].combine_chunks()
+    place = pc.index_in(pa.array(texts, pa.string()), value_set=old).fill_null(-1).to_numpy()
+    found: NDArray[np.bool_] = place >= 0
+    vectors[found] = np.load(io.BytesIO(storage.read_bytes(directory.path("vectors.npy"))))[place[found]]
+    return found
+
+
+def _encode_shards(config: EncoderConfig, folder: str, shards: list[list[str]]) -> None:
+    """Write the shards that are not there yet."""
+    missing = [i for i in range(len(shards)) if not storage.exists(_file(folder, i))]
+    total, started = sum(map(len, shards)), time.perf_counter()
+    done = total - sum(len(shards[i]) for i in missing)
+    if done:
+        log.info("encode: %d of %d texts were encoded by a run before", done, total)
+    if not missing:
+        return
+    dataset = ray.data.from_items(
+        [{"shard": i, "texts": shards[i]} for i in missing], override_num_blocks=len(missing)
+    ).map_batches(
         _Actor,
-        fn_constructor_args=(config.encoder,),
-        batch_size=size,
-        compute=ray.data.ActorPoolStrategy(size=config.encoder.workers),
-    )
+        fn_constructor_args=(config, folder),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(missing))),
+    )  # fmt: skip
+    before = done
     for batch in dataset.iter_batches(batch_size=None):
-        if vectors is None:
-            vectors = np.zeros((len(texts), batch["vector"].shape[1]), np.float32)
-        vectors[batch["place"]] = np.stack(list(batch["vector"]))
-        done += len(batch["place"])
-        log.info("encode: %d of %d texts, %.0f per second", done, len(texts), done / (time.perf_counter() - started))
-    assert vectors is not None and done == len(texts)
+        done += int(batch["count"].sum())
+        log.info("encode: %d of %d texts, %.0f per second", done, total, (done - before) / (time.perf_counter() - started))
+    assert done == total, (done, total)
+
+
+def _file(folder: str, number: int) -> str:
+    return storage.join(folder, f"{number:06d}.npy")
+
+
+def _read(folder: str, number: int) -> NDArray[np.float32]:
+    return np.asarray(np.load(io.BytesIO(storage.read_bytes(_file(folder, number)))), np.float32)
+
+
+def _bytes(vectors: NDArray[np.float32]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, vectors)
-    storage.write_bytes(storage.join(prefix, "vectors.npy"), buffer.getvalue())
-    storage.write_table(storage.join(prefix, "texts.parquet"), pa.table({"text": pa.array(texts, pa.string())}))
-    directory.publish(inputs, kind="text", encoder=identity, width=int(vectors.shape[1]), texts=len(texts))
-    return directory
+    return buffer.getvalue()

@@ -12,7 +12,7 @@ from ray.train.torch import TorchTrainer
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.encoders.text import resolve_model
+from mtrec_ray.encoders.loading import resolve_model
 from mtrec_ray.pretraining.corpus import build_corpus
 from mtrec_ray.pretraining.worker import load, run_worker, start_of
 from mtrec_ray.training import distributed

@@ -13,7 +13,7 @@ from torch import nn
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.encoders.text import EncoderError, load_tokenizer, resolve_model
+from mtrec_ray.encoders.loading import EncoderError, check_tokens, load_tokenizer, resolve_model, source
 from mtrec_ray.pretraining.blocks import Special
 from mtrec_ray.pretraining.corpus import build_corpus
 from mtrec_ray.pretraining.loop import Report, Texts, fit
@@ -44,7 +44,8 @@ def load(config: RunConfig) -> tuple[nn.Module, Any, bool]:
     path = resolve_model(name)
     tokenizer = load_tokenizer(name, path, "pretrain.model")
     try:
-        architecture = AutoConfig.from_pretrained(path)
+        given = source(name, path, "pretrain.model")
+        architecture = AutoConfig.from_pretrained(**given)
         mlm = settings.objective == "mlm" or (settings.objective == "auto" and type(architecture) in MODEL_FOR_MASKED_LM_MAPPING)
         known = MODEL_FOR_MASKED_LM_MAPPING if mlm else MODEL_FOR_CAUSAL_LM_MAPPING
         if type(architecture) not in known:
@@ -56,7 +57,7 @@ def load(config: RunConfig) -> tuple[nn.Module, Any, bool]:
         if settings.fresh:
             model, missing = kind.from_config(architecture), []
         else:
-            model, info = kind.from_pretrained(path, config=architecture, dtype=torch.float32, output_loading_info=True)
+            model, info = kind.from_pretrained(**given, config=architecture, dtype=torch.float32, output_loading_info=True)
             missing = sorted(info["missing_keys"])
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -71,11 +72,7 @@ def load(config: RunConfig) -> tuple[nn.Module, Any, bool]:
     longest = getattr(architecture, "max_position_embeddings", None)
     if longest is not None and settings.block > longest:
         raise EncoderError(f"pretrain.block: {settings.block} tokens, but {name!r} has {longest} positions; lower it")
-    known_tokens = architecture.vocab_size
-    if len(tokenizer) > known_tokens:
-        raise EncoderError(
-            f"pretrain.model {name!r}: the tokenizer's {len(tokenizer)} tokens do not fit the model's {known_tokens}"
-        )
+    check_tokens(name, len(tokenizer), architecture.vocab_size, "pretrain.model")
     return model, tokenizer, mlm
 
 

@@ -17,7 +17,8 @@ import torch.multiprocessing as mp
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, RunConfig
 from mtrec_ray.config.pretrain import PretrainConfig
-from mtrec_ray.encoders.text import EncoderError, TextEncoder
+from mtrec_ray.encoders.loading import EncoderError
+from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.pretraining import loop, worker
 from mtrec_ray.pretraining.blocks import IGNORED, Special, following, masked, pack
 from mtrec_ray.pretraining.corpus import CorpusError, build_corpus

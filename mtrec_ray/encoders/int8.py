@@ -1,0 +1,79 @@
+"""Eight bits for CPUs: linear layers and embeddings of a transformer with int8 weights, activations rounded per token.
+
+W8A8 with a scale for every output channel and every token (the per-token scheme of LLM.int8(), Dettmers et al. 2022, arXiv
+2208.07339, without its outlier columns). torch's own dynamic quantization has one scale for all tokens of a batch, which cost
+MiniLM's vectors a cosine of 0.03 (docs/encoders.md). Products run in `torch._int_mm`: fast where the CPU has VNNI.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LEVELS = 127
+SMALL_TABLE = 4096
+"""Rows of an embedding up to which it stays float32: positions and types."""
+
+
+def _rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (int8 weight, scale of every row)."""
+    scale_O1 = weight_OI.abs().amax(1, keepdim=True).clamp(min=1e-12) / LEVELS
+    return (weight_OI / scale_O1).round().to(torch.int8), scale_O1
+
+
+class Int8Linear(nn.Module):
+    """x W^T + b from int8 weights; no gradients."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight_OI, scale_O1 = _rounded(linear.weight.detach().float())
+        self.register_buffer("weight_IO", weight_OI.t().contiguous())
+        self.register_buffer("scale_O", scale_O1[:, 0].contiguous())
+        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
+        self.register_buffer("bias_O", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_RI = x.reshape(-1, x.shape[-1])
+        scale_R1 = x_RI.abs().amax(1, keepdim=True).clamp(min=1e-12) / LEVELS
+        product_RO = torch._int_mm((x_RI / scale_R1).round().to(torch.int8), self.weight_IO)  # type: ignore[arg-type]
+        return (product_RO.float() * self.scale_O * scale_R1 + self.bias_O).view(*x.shape[:-1], -1)  # type: ignore[operator]
+
+
+class Int8Embedding(nn.Module):
+    """Rows of an embedding from int8 weights with a scale each."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        weight_VE, scale_V1 = _rounded(embedding.weight.detach().float())
+        self.register_buffer("weight_VE", weight_VE)
+        self.register_buffer("scale_V1", scale_V1)
+
+    def forward(self, token: Tensor) -> Tensor:
+        return self.weight_VE[token].float() * self.scale_V1[token]  # type: ignore[index]
+
+
+def to_int8(model: nn.Module) -> nn.Module:
+    """Replace, in place, linear layers and the token embedding; small tables (positions, types) and norms stay float32."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(model, name, Int8Linear(child))
+        elif type(child).__name__ == "Conv1D":  # GPT-2's linear layer with its weight the other way round
+            setattr(model, name, Int8Linear(_linear(child)))
+        elif isinstance(child, nn.Embedding) and child.num_embeddings > SMALL_TABLE:
+            setattr(model, name, Int8Embedding(child))
+        else:
+            to_int8(child)
+    return model
+
+
+def _linear(conv: nn.Module) -> nn.Linear:
+    inputs, outputs = conv.weight.shape  # type: ignore[union-attr, misc]
+    linear = nn.Linear(inputs, outputs)
+    linear.weight.data, linear.bias.data = conv.weight.detach().t(), conv.bias.detach()  # type: ignore[operator, union-attr]
+    return linear
+
+
+def size_bytes(model: nn.Module) -> int:
+    """Bytes of the weights as they are kept."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
