@@ -110,9 +110,13 @@ class Run:
         schema, text = load_schema(self.data.prefix), self._text()
         catalogue = storage.read_table(self.data.path("catalogue.parquet"))
         text_NE = None if text is None else load_text_vectors(text.prefix, catalogue)
+        encoder = None if text is None else text.manifest["encoder"]
+        if storage.exists(self.trained.path("text.safetensors")):  # the encoder was trained too
+            text_NE = load_tensors(storage.read_bytes(self.trained.path("text.safetensors")))["text_NE"]
+            encoder = {**(encoder or {}), "model": self.trained.path("encoder"), "content": self.trained.manifest["inputs"]}
         model = build_model(self.config, schema, text_NE)
         model.load_state_dict(load_tensors(storage.read_bytes(self.trained.path("weights.safetensors"))))
-        bundle.write(prefix, self.config, schema, catalogue, model, None if text is None else text.manifest["encoder"])
+        bundle.write(prefix, self.config, schema, catalogue, model, encoder)
         return True
 
     def _evaluate(self) -> bool:

@@ -97,6 +97,11 @@ class RunConfig(Model):
             task.check(key, self.data, self.tasks)
         if self.encoder is not None and self.data.text is None:
             raise ValueError("encoder: data.text is missing, so there is no text to encode")
+        if self.encoder is not None and self.encoder.tuning is not None:
+            if self.encoder.precision == "int8":
+                raise ValueError("encoder.precision: int8 weights have no gradients; leave it out, or take encoder.tuning away")
+            if self.encoder.long_texts == "chunks":
+                raise ValueError("encoder.long_texts: chunks is for a frozen encoder; take cut, or take encoder.tuning away")
         if self.train.monitor == GAIN and not self.train.reference:
             raise ValueError("train.monitor: gain needs train.reference, such as {retrieval/ndcg@10: 0.12, rating/rmse: 0.97}")
         measured = dict.fromkeys(self.train.reference, "train.reference")

@@ -86,20 +86,20 @@ class ItemTower(nn.Module):
         missing = n_items - len(residual_ND)
         if missing > 0:
             residual_ND = torch.cat([residual_ND, residual_ND.new_zeros(missing, residual_ND.shape[1])])
-        return self._with_text(residual_ND, text_NE, slice(n_items))
+        return self._with_text(residual_ND, None if text_NE is None else text_NE[:n_items])
 
-    def train_vectors(self, text_NE: Tensor | None, item_U: Tensor | None, step: int) -> ItemVectors:
-        """Training: vectors of some training items (ascending), None for all of them, at a step."""
+    def train_vectors(self, text_UE: Tensor | None, item_U: Tensor | None, step: int) -> ItemVectors:
+        """Training: vectors of some training items (ascending), None for all of them, at a step. text_UE: theirs."""
         items = slice(self.n_train_items) if item_U is None else item_U
         residual_UD = self.residual(items)
         if self.training and self.id_dropout:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
             keep_N = torch.rand(self.n_train_items, generator=generator) >= self.id_dropout
             residual_UD = residual_UD * keep_N.to(residual_UD.device)[items, None]
-        return ItemVectors(self._with_text(residual_UD, text_NE, items), item_U)
+        return ItemVectors(self._with_text(residual_UD, text_UE), item_U)
 
-    def _with_text(self, residual_UD: Tensor, text_NE: Tensor | None, items: slice | Tensor) -> Tensor:
+    def _with_text(self, residual_UD: Tensor, text_UE: Tensor | None) -> Tensor:
         if self.text is None:
             return residual_UD
-        assert text_NE is not None
-        return residual_UD + self.text(text_NE[items] * text_NE.shape[1] ** 0.5)  # type: ignore[no-any-return]
+        assert text_UE is not None
+        return residual_UD + self.text(text_UE * text_UE.shape[1] ** 0.5)  # type: ignore[no-any-return]

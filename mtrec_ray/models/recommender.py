@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -23,11 +25,12 @@ from mtrec_ray.tasks import Forward, ItemTask, PointwiseTask, Retrieval, Similar
 class Recommender(nn.Module):
     """One trunk pass, every answer (DESIGN §1.4).
 
-    text_NE: frozen text vectors of the catalogue (unit length), or None for a model of ids alone. They are not
-    part of the weights.
+    text_NE: text vectors of the catalogue (unit length), or None for a model of ids alone. They are not part of the weights.
+    tuned: what makes them anew in every step where the TextEncoder is trained too (encoders/tuning.py), or None.
     """
 
     text_NE: Tensor | None
+    tuned: Any
 
     def __init__(self, config: RunConfig, schema: LogSchema, text_NE: Tensor | None) -> None:
         super().__init__()
@@ -35,6 +38,7 @@ class Recommender(nn.Module):
         self.held_folds = (*config.evaluation.profile_folds_test, config.evaluation.profile_fold_valid)
         text_width = 0 if text_NE is None else text_NE.shape[1]
         self.register_buffer("text_NE", text_NE, persistent=False)
+        self.register_module("tuned", None)
         self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)
         self.tokens = EventTokens(config.model, schema)
         self.trunk = build_trunk(config.model, schema.window)
@@ -111,7 +115,8 @@ class Recommender(nn.Module):
         The losses stay apart, so that one of them can be back-propagated without the others.
         """
         targets = batch.targets
-        items = self.item_tower.train_vectors(self.text_NE, self.items_of(batch), batch.step)
+        item_U = self.items_of(batch)
+        items = self.item_tower.train_vectors(self._texts_of(item_U, batch.step), item_U, batch.step)
         if self.reads_state:
             state_BLD = self.states(items, batch.history)
         else:
@@ -122,6 +127,20 @@ class Recommender(nn.Module):
             shared = self.share(state_MD, items[targets.item_M], targets.context_M)
         forward = Forward(state_BLD, items, shared)
         return [t.loss_sum(forward, batch) for t in self.task_list], state_BLD
+
+    def _texts_of(self, item_U: Tensor | None, step: int) -> Tensor | None:
+        """Text vectors of some training items, None for all of them."""
+        n_items = self.schema.n_train_items
+        if self.text_NE is None:
+            return None
+        if self.tuned is not None:
+            return self.tuned(self.text_NE, item_U, n_items, step)  # type: ignore[no-any-return]
+        return self.text_NE[:n_items] if item_U is None else self.text_NE[item_U]
+
+    def refresh_texts(self) -> None:
+        """Text vectors of the encoder's weights of now; nothing to do where it is frozen."""
+        if self.tuned is not None:
+            self.tuned.refresh(self.text_NE)
 
     # -- inference
 

@@ -223,7 +223,10 @@ def _predictor(bench: Bench, config: RunConfig, fitted: Fitted) -> Predictor:
     """A predictor with the best weights."""
     prefix, text = storage.Directory(bench.data).prefix, _prefix(bench.text)
     schema, catalogue = load_schema(prefix), storage.read_table(storage.join(prefix, "catalogue.parquet"))
-    model = build_model(config, schema, None if text is None else load_text_vectors(text, catalogue))
+    text_NE = fitted.text_NE
+    if text_NE is None and text is not None:
+        text_NE = load_text_vectors(text, catalogue)
+    model = build_model(config, schema, text_NE)
     model.load_state_dict(fitted.best_state)
     model.to(device_of(config.train.use_gpu))
     with torch.no_grad():

@@ -49,6 +49,7 @@ class Fitted:
     """What training gives: the best weights and how it went."""
 
     best_state: dict[str, Tensor]
+    """Of the recommender, without the TextEncoder."""
     best_epoch: int
     best_value: float
     rows_read: int
@@ -56,6 +57,15 @@ class Fitted:
     seconds: float
     events: int
     """Targets trained."""
+    parameters: dict[str, int]
+    """How many there are, and how many were trained."""
+    encoder_state: dict[str, Tensor] | None = None
+    """Where the TextEncoder was trained: its best weights, and below the vectors that they give the catalogue."""
+    text_NE: Tensor | None = None
+
+
+TUNED, TEXT = "tuned.", "text_NE"
+"""Of the best state's names: weights of the TextEncoder, and its vectors."""
 
 
 class Training:
@@ -66,15 +76,17 @@ class Training:
         self.losses = build_losses(config, model).to(device)
         self.precision = working_precision(config, device)
         self.model = model
-        self.optimizer = build_optimizer(self.losses, train)
+        tuning = None if config.encoder is None or model.tuned is None else config.encoder.tuning
+        self.optimizer = build_optimizer(self.losses, train, tuning)
         self.scheduler = build_scheduler(
-            self.optimizer, train.epochs * steps_per_epoch, train.warmup_steps, train.schedule == "cosine"
+            self.optimizer, train.epochs * steps_per_epoch, train.warmup_steps, train.schedule == "cosine", tuning
         )
         ema = get_ema_multi_avg_fn(train.ema) if train.ema else None  # type: ignore[no-untyped-call]
-        text_NE, model.text_NE = model.text_NE, None  # it never changes: no copy of it, here or at every step
+        text_NE, model.text_NE = model.text_NE, None  # no copy of it at every step
         self.average = AveragedModel(model, multi_avg_fn=ema) if ema else None
         model.text_NE = text_NE
-        self.kept.text_NE = self.model.text_NE
+        if self.average is not None:  # a frozen encoder's vectors never change
+            self.kept.text_NE = text_NE if text_NE is None or tuning is None else text_NE.clone()
         if train.compile:
             model.trunk.compile(dynamic=True)
         self.progress = Progress()
@@ -85,6 +97,7 @@ class Training:
             "losses": self.losses.state_dict(), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "progress": asdict(self.progress), "best_state": self.best_state,
+            "text_NE": None if self.model.tuned is None else self.model.text_NE,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -94,6 +107,14 @@ class Training:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.progress, self.best_state = Progress(**state["progress"]), state["best_state"]
+        if self.model.tuned is not None:
+            self.model.text_NE.copy_(state["text_NE"])  # type: ignore[union-attr]
+
+    def take_best(self) -> None:
+        """Keep what was just evaluated as the best."""
+        self.best_state = {k: v.detach().cpu().clone() for k, v in self.kept.state_dict().items()}
+        if self.kept.tuned is not None and self.kept.text_NE is not None:
+            self.best_state[TEXT] = self.kept.text_NE.detach().cpu().clone()
 
     @property
     def kept(self) -> Recommender:
@@ -182,6 +203,7 @@ def fit(
                     "train/learning_rate": float(run.scheduler.get_last_lr()[0])}  # fmt: skip
         if (epoch + 1) % train.evaluate_every == 0 or epoch + 1 == train.epochs:
             run.kept.eval()
+            run.kept.refresh_texts()
             valid = evaluate(run.kept)
             scalars |= {f"valid/{t}/{m}": v for t, ms in valid.items() for m, v in ms.items()}
             value = monitored(valid, train)
@@ -194,7 +216,7 @@ def fit(
                 scalars["valid/gain"] = relative_gain(valid, train.reference)
             if value > progress.best_value:
                 progress.best_value, progress.best_epoch, progress.bad_epochs = value, epoch, 0
-                run.best_state = {k: v.detach().cpu().clone() for k, v in run.kept.state_dict().items()}
+                run.take_best()
             else:
                 progress.bad_epochs += train.evaluate_every
         if rank == 0:
@@ -202,8 +224,13 @@ def fit(
         report(epoch, scalars)  # before the checkpoint: a kill in between reports the epoch twice, never not at all
         progress.end_epoch(feed.windows, sums.windows, sums.targets, before + time.perf_counter() - started)
         save()
-    return Fitted(run.best_state, progress.best_epoch, progress.best_value, progress.rows_read, progress.rows_trained,
-                  progress.total_seconds, progress.events)  # fmt: skip
+    best, counts = dict(run.best_state), {"all": 0, "trained": 0}
+    for parameter in model.parameters():
+        counts["all"] += parameter.numel()
+        counts["trained"] += parameter.numel() * parameter.requires_grad
+    text_NE, encoder = best.pop(TEXT, None), {k.removeprefix(TUNED): best.pop(k) for k in list(best) if k.startswith(TUNED)}
+    return Fitted(best, progress.best_epoch, progress.best_value, progress.rows_read, progress.rows_trained,
+                  progress.total_seconds, progress.events, counts, encoder or None, text_NE)  # fmt: skip
 
 
 def monitored(valid: Metrics, train: TrainConfig) -> float:

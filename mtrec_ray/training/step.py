@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtrec_ray.balancing import Balancer, GradientRecord, build_balancer, gramian
-from mtrec_ray.config import PretrainConfig, RunConfig, TrainConfig
+from mtrec_ray.config import PretrainConfig, RunConfig, TrainConfig, TuningConfig
 from mtrec_ray.models.batch import Batch
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.training import distributed
@@ -161,16 +162,39 @@ def distribute(losses: nn.Module) -> nn.Module:
     return DistributedDataParallel(losses, **options)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig | PretrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused; no decay on biases, norms and learned task weights."""
-    decay = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def build_optimizer(
+    model: nn.Module, config: TrainConfig | PretrainConfig, tuning: TuningConfig | None = None
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), fused; no decay on biases, norms and learned task weights.
+
+    tuning: learning rate and decay of the TextEncoder's parameters, which are the last two groups then.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    inner = [p for n, p in named if ".tuned." in n]
+    groups = _groups([p for n, p in named if ".tuned." not in n], config)
+    if tuning is not None:
+        groups += [g | {"lr": tuning.learning_rate} for g in _groups(inner, tuning)]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, steps: int, warmup: int, cosine: bool) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up of so many steps, then constant or a cosine to zero over all steps."""
+def _groups(parameters: list[nn.Parameter], config: TrainConfig | PretrainConfig | TuningConfig) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int, cosine: bool, tuning: TuningConfig | None = None
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up of so many steps, then constant or a cosine to zero over all steps; the TextEncoder has its own."""
+    factors = [_factor(steps, warmup, cosine)] * len(optimizer.param_groups)
+    if tuning is not None:
+        factors[-2:] = [_factor(steps, round(tuning.warmup_share * steps), tuning.schedule == "cosine")] * 2
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def _factor(steps: int, warmup: int, cosine: bool) -> Callable[[int], float]:
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -180,4 +204,4 @@ def build_scheduler(optimizer: torch.optim.Optimizer, steps: int, warmup: int, c
         share = (step - warmup) / max(1, steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor

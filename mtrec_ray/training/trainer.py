@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +27,7 @@ from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.guard import TrainingStopped
 from mtrec_ray.training.loop import Report
 from mtrec_ray.training.stream import Tables
-from mtrec_ray.training.worker import check_machine, run_identity, run_worker, training_fingerprint
+from mtrec_ray.training.worker import check_machine, export_encoder, run_identity, run_worker, training_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,12 @@ def _worker(settings: dict[str, Any]) -> None:
         raise
     if distributed.rank() == 0:
         storage.write_bytes(storage.join(settings["prefix"], "weights.safetensors"), save_tensors(fitted.best_state))
-        facts = asdict(fitted)
-        facts.pop("best_state")
+        if fitted.text_NE is not None:
+            export_encoder(config, fitted, storage.join(settings["prefix"], "encoder"))
+            storage.write_bytes(storage.join(settings["prefix"], "text.safetensors"), save_tensors({"text_NE": fitted.text_NE}))
+        facts = asdict(replace(fitted, best_state={}, encoder_state=None, text_NE=None))
+        for tensors in ("best_state", "encoder_state", "text_NE"):
+            facts.pop(tensors)
         facts |= {"workers": distributed.world_size(), "rows_dropped": fitted.rows_read - fitted.rows_trained}
         storage.write_json(storage.join(settings["prefix"], "training.json"), facts)
 

@@ -20,6 +20,7 @@ from mtrec_ray.balancing import build_balancer
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.encoders.cache import load_text_vectors
+from mtrec_ray.encoders.tuning import TunedTexts, check_tuning
 from mtrec_ray.evaluation.evaluate import quick_metrics, quick_statistics
 from mtrec_ray.evaluation.statistics import Statistics
 from mtrec_ray.models.recommender import Recommender
@@ -52,6 +53,8 @@ def mapped_windows(data_prefix: str, split: str) -> WindowCache:
 def check_machine(config: RunConfig) -> None:
     """Raises RuntimeError for what the configuration needs and this machine lacks, before anything starts."""
     build_balancer(config.balancing, [t.weight for t in config.tasks.values()])
+    if config.encoder is not None:
+        check_tuning(config.encoder)
     if config.train.compile and not config.train.use_gpu and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise RuntimeError("train.compile: there is no C++ compiler here (g++, clang++); install one, or set it to false")
 
@@ -78,6 +81,23 @@ def tell_items(model: Recommender, catalogue: pa.Table) -> None:
     model.fit_items(hash_ids(known["item_id"]), torch.from_numpy(known["count"].to_numpy().astype(np.float64)))
 
 
+def tune_texts(model: Recommender, config: RunConfig, catalogue: pa.Table) -> None:
+    """Put the TextEncoder into the model where it is trained too. Raises EncoderError."""
+    if config.encoder is not None and config.encoder.tuning is not None:
+        model.tuned = TunedTexts(config.encoder, catalogue["text"].to_pylist(), config.seed)
+
+
+def export_encoder(config: RunConfig, fitted: Fitted, folder: str) -> None:
+    """Write the trained TextEncoder as a Hugging Face directory, local or on an object store."""
+    assert config.encoder is not None and fitted.encoder_state is not None
+    tuned = TunedTexts(config.encoder, [], config.seed)
+    tuned.load_state_dict(fitted.encoder_state)
+    with tempfile.TemporaryDirectory() as draft:
+        tuned.export(draft)
+        for file in sorted(Path(draft).iterdir()):
+            storage.write_bytes(storage.join(folder, file.name), file.read_bytes())
+
+
 def training_fingerprint(config: RunConfig, data: storage.Directory, text: storage.Directory | None) -> str:
     """Fingerprint of everything that a published training depends on."""
     return _fingerprint(config, data, text, {"checkpoint_every", "max_failures"})
@@ -92,6 +112,8 @@ def _fingerprint(config: RunConfig, data: storage.Directory, text: storage.Direc
     folds = {"profile_folds_test", "profile_fold_valid"}  # all of `evaluation` that training looks at
     parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train"})
     parts["train"] = {k: v for k, v in parts["train"].items() if k not in left_out}
+    if config.encoder is not None and config.encoder.tuning is not None:
+        parts["tuning"] = config.encoder.model_dump(mode="json", exclude={"workers", "compile"})
     parts["order"] = list(config.tasks)  # draws and the optimiser's parameters go by it
     parts["evaluation"] = config.evaluation.model_dump(mode="json", include=folds)
     return storage.fingerprint({
@@ -164,6 +186,7 @@ def run_worker(
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
     tell_items(model, catalogue)
+    tune_texts(model, config, catalogue)
     device = device_of(config.train.use_gpu)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # tensor cores for what stays float32
