@@ -8,13 +8,13 @@ News Recommenders with Pretrained Language Models in the Loop, arXiv 2102.09268)
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,7 +46,6 @@ class TunedTexts(nn.Module):
         self.register_buffer("text_N", text_N, persistent=False)
         self.model = _prepared(self.encoder.model, self.tuning, seed)
         self.encoder.model = self.model
-        self._group: Any = None
 
     def parameter_counts(self) -> dict[str, int]:
         return {
@@ -112,50 +111,22 @@ class TunedTexts(nn.Module):
             order += places
             vectors.append(self._batch([pieces[i] for i in places]))
         vector_PE = torch.cat(vectors)[torch.argsort(torch.tensor(order, device=text_W.device))][: len(mine)]
-        return vector_PE if world == 1 else _Gathered.apply(vector_PE, counts, self._own_group())  # type: ignore[no-any-return, no-untyped-call]
+        return distributed.gather_rows(vector_PE, counts)
 
     def _batch(self, pieces: list[list[int]]) -> Tensor:
         if self.tuning.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.encoder.vectors, pieces, use_reentrant=False)  # type: ignore[no-any-return]
         return self.encoder.vectors(pieces)
 
-    def _own_group(self) -> Any:
-        """The gradients' sum has a process group of its own: DDP's sums run at the same time, in an order of theirs."""
-        if self._group is None:
-            self._group = dist.new_group()
-        return self._group
-
     def __deepcopy__(self, memo: dict[int, Any]) -> TunedTexts:
-        """Of weights alone (for the moving average): texts, tokenizer and process group are shared."""
-        import copy
-
+        """Of weights alone (for the moving average): texts and tokenizer are shared."""
         made = TunedTexts.__new__(TunedTexts)
         memo[id(self)] = made
-        shared = {"pieces", "_group", "encoder"}
+        shared = {"pieces", "encoder"}
         made.__dict__ = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
         made.encoder = copy.copy(self.encoder)
         made.encoder.model = made.model
         return made
-
-
-class _Gathered(torch.autograd.Function):
-    """All ranks' rows on every rank; backward: the sum over ranks of the gradients of this rank's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, row_PE: Tensor, counts: list[int], group: Any) -> Tensor:  # type: ignore[override]
-        ctx.counts, ctx.group = counts, group
-        padded = row_PE.new_zeros(max(counts), row_PE.shape[1])
-        padded[: len(row_PE)] = row_PE
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=group)
-        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, grad_WE: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        total_WE = grad_WE.contiguous().clone()
-        dist.all_reduce(total_WE, group=ctx.group)
-        begin = sum(ctx.counts[: distributed.rank()])
-        return total_WE[begin : begin + ctx.counts[distributed.rank()]], None, None
 
 
 def check_tuning(config: EncoderConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +53,7 @@ def build_corpus(config: PretrainConfig, data_prefix: str) -> Corpus:
 
 
 def _add(corpus: Corpus, kind: str, texts: list[str], owner: NDArray[np.uint64], held_out: float) -> None:
-    held = owner % PARTS < round(held_out * PARTS)
+    held = is_held(owner, held_out)
     corpus.train += [t for t, h in zip(texts, held, strict=True) if not h]
     kept = [t for t, h in zip(texts, held, strict=True) if h]
     if kept:
@@ -71,19 +72,31 @@ def _histories(config: PretrainConfig, data_prefix: str, catalogue: pa.Table) ->
     Every event is a target once, so no event is told twice.
     """
     titles = np.array(catalogue["title"].to_pylist(), dtype=object)
-    users = _chosen_users(config, data_prefix)
     texts: list[str] = []
     owners: list[np.uint64] = []
+    for user, item in sequences(config, data_prefix):
+        for begin in range(0, len(item), config.history_items):
+            named = [str(t) for t in titles[item[begin : begin + config.history_items]] if t]
+            if len(named) > 1:
+                texts.append(BETWEEN.join(named))
+                owners.append(user)
+    return texts, np.array(owners, dtype=np.uint64)
+
+
+def sequences(config: PretrainConfig, data_prefix: str) -> Iterator[tuple[np.uint64, NDArray[np.int64]]]:
+    """(hash of the user, positive training targets in order of time) of every chosen user."""
+    users = _chosen_users(config, data_prefix)
     for uri in _files(data_prefix):  # a user's windows are all in one file
         flat = _positives(storage.read_table(uri, COLUMNS), users)
         user, item = flat["user"].to_numpy(), flat["item"].to_numpy()
         for rows in np.split(np.arange(len(user)), np.flatnonzero(user[1:] != user[:-1]) + 1):
-            for begin in range(0, len(rows), config.history_items):
-                named = [str(t) for t in titles[item[rows[begin : begin + config.history_items]]] if t]
-                if len(named) > 1:
-                    texts.append(BETWEEN.join(named))
-                    owners.append(user[rows[0]])
-    return texts, np.array(owners, dtype=np.uint64)
+            if len(rows):
+                yield user[rows[0]], item[rows]
+
+
+def is_held(owner: NDArray[np.uint64], held_out: float) -> NDArray[np.bool_]:
+    """Whether a hash is among those held out."""
+    return np.asarray(owner % PARTS < round(held_out * PARTS))
 
 
 def _files(data_prefix: str) -> list[str]:

@@ -13,8 +13,7 @@ from ray.train.torch import TorchTrainer
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.encoders.loading import resolve_model
-from mtrec_ray.pretraining.corpus import build_corpus
-from mtrec_ray.pretraining.worker import load, run_worker, start_of
+from mtrec_ray.pretraining.worker import check, check_texts, run_worker, start_of
 from mtrec_ray.training import distributed
 from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.trainer import reporter
@@ -28,7 +27,11 @@ SAME = {"workers", "threads", "use_gpu", "checkpoint_every", "max_failures"}
 def identity_of(config: RunConfig, data: storage.Directory) -> str:
     """Fingerprint of everything that the result depends on, but for the number of workers."""
     path = resolve_model(start_of(config))
+    read_as = (
+        None if config.encoder is None else config.encoder.model_dump(mode="json", include={"pooling", "max_tokens", "instruction"})
+    )
     return storage.fingerprint({
+        "encoder": read_as if config.pretrain.objective in ("contrastive", "distil") else None,
         "pretrain": config.pretrain.model_dump(mode="json", exclude=SAME), "seed": config.seed, "data": data.manifest["inputs"],
         "start": storage.file_fingerprint(path) if Path(path).is_dir() else path,
     })  # fmt: skip
@@ -56,8 +59,8 @@ def pretrain(config: RunConfig, data: storage.Directory, root: str) -> storage.D
     if directory.is_published(identity):
         log.info("pretrain: reused %s", directory.root)
         return directory
-    load(config)  # what is wrong with model or texts is said here
-    build_corpus(settings, data.prefix)
+    check(config)  # what is wrong with model or texts is said here
+    check_texts(config, data.prefix)
     prefix = directory.begin(identity)
     kept = storage.join(storage.absolute(root), "_checkpoints")
     ray_storage = storage.join(storage.absolute(root), "_ray")

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from mtrec_ray import storage
-from mtrec_ray.config import RunConfig
+from mtrec_ray.config import EncoderConfig, RunConfig
 from mtrec_ray.encoders.loading import EncoderError, check_tokens, load_tokenizer, resolve_model, source
+from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.pretraining.blocks import Special
 from mtrec_ray.pretraining.corpus import build_corpus
-from mtrec_ray.pretraining.loop import Report, Texts, fit
+from mtrec_ray.pretraining.loop import Report, fit
+from mtrec_ray.pretraining.objectives import Contrastive, Distillation, LanguageModelling, Objective, Padded, shortened
+from mtrec_ray.pretraining.pairs import build_pairs
 from mtrec_ray.training import distributed
 from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.worker import device_of
@@ -84,20 +87,90 @@ def tokens_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [t for t in found if t]
 
 
+def load_encoder(config: RunConfig) -> TextEncoder:
+    """The checkpoint as the text encoder of `contrastive` and `distil`, read as encoder.* says. Raises EncoderError."""
+    name = start_of(config)
+    settings = config.encoder.model_dump() if config.encoder is not None else {}
+    torch.manual_seed(config.seed)  # of a pooler that the checkpoint lacks
+    settings |= {"model": name, "precision": "float32", "compile": False, "long_texts": "cut", "tuning": None}
+    encoder = TextEncoder(EncoderConfig(**settings))
+    for parameter_name, parameter in encoder.model.named_parameters():
+        if "pooler" in parameter_name:  # not used: DDP would wait for its gradients
+            parameter.requires_grad_(False)
+    return encoder
+
+
+def check(config: RunConfig) -> None:
+    """Raises EncoderError for what the objective needs and the checkpoint lacks."""
+    if config.pretrain.objective == "contrastive":
+        load_encoder(config)
+    elif config.pretrain.objective == "distil":
+        _student(config)
+    else:
+        load(config)
+
+
+def check_texts(config: RunConfig, data_prefix: str) -> None:
+    """Raises CorpusError when there is nothing to learn from."""
+    if config.pretrain.objective == "contrastive":
+        build_pairs(config.pretrain, config.seed, data_prefix)
+    else:
+        build_corpus(config.pretrain, data_prefix)
+
+
+def build_objective(config: RunConfig, data_prefix: str) -> tuple[Objective, Any, Any]:
+    """-> (objective, the Hugging Face model in it, tokenizer). Raises EncoderError and CorpusError."""
+    settings = config.pretrain
+    if settings.objective == "contrastive":
+        encoder = load_encoder(config)
+        corpus = build_pairs(settings, config.seed, data_prefix)
+        pad = encoder.tokenizer.pad_token_id
+        texts = Padded(encoder.tokens(corpus.texts)[0], pad)
+        return (
+            Contrastive(settings, encoder.model, encoder.config.pooling, texts, corpus.train, corpus.held),
+            encoder.model,
+            encoder.tokenizer,
+        )
+    corpus_of_texts = build_corpus(settings, data_prefix)
+    if settings.objective == "distil":
+        teacher, student = load_encoder(config), _student(config)
+
+        def taught(texts: list[str]) -> tuple[Padded, torch.Tensor]:
+            texts = sorted(set(texts))
+            return Padded(student.tokens(texts)[0], student.tokenizer.pad_token_id), torch.from_numpy(teacher.encode(texts))
+
+        held = {k: taught(v) for k, v in corpus_of_texts.held.items()}
+        return (
+            Distillation(student.model, student.config.pooling, taught(corpus_of_texts.train), held),
+            student.model,
+            student.tokenizer,
+        )
+    model, tokenizer, mlm = load(config)
+    tokens = {k: tokens_of(tokenizer, v) for k, v in corpus_of_texts.held.items()}
+    train, held_tokens = tokens_of(tokenizer, corpus_of_texts.train), {k: v for k, v in tokens.items() if v}
+    return LanguageModelling(settings, model, train, held_tokens, Special.of(tokenizer), mlm), model, tokenizer
+
+
+def _student(config: RunConfig) -> TextEncoder:
+    encoder = load_encoder(config)
+    try:
+        shortened(encoder.model, config.pretrain.layers)
+    except ValueError as error:
+        raise EncoderError(f"pretrain.layers: {error}; lower it, or take another checkpoint") from None
+    return encoder
+
+
 def run_worker(
     config: RunConfig, data_prefix: str, out: str, report: Report, checkpoints: Checkpoints | None = None
 ) -> dict[str, Any]:
     """Pre-train as this rank of an (optional) process group; rank 0 writes OUT/model -> what was measured."""
     settings = config.pretrain
     torch.set_num_threads(settings.threads)
-    model, tokenizer, mlm = load(config)
-    corpus = build_corpus(settings, data_prefix)
-    texts = Texts(tokens_of(tokenizer, corpus.train), {k: tokens_of(tokenizer, v) for k, v in corpus.held.items()})
-    texts.held = {k: v for k, v in texts.held.items() if v}
+    objective, model, tokenizer = build_objective(config, data_prefix)
     device = device_of(settings.use_gpu, "pretrain.use_gpu")
-    facts = fit(settings, config.seed, model, texts, Special.of(tokenizer), mlm, report, checkpoints, device)
-    facts |= {"objective": "mlm" if mlm else "clm", "parameters": sum(p.numel() for p in model.parameters()),
-              "workers": distributed.world_size(), "started_from": start_of(config), "fresh": settings.fresh}  # fmt: skip
+    facts = fit(settings, config.seed, objective, report, checkpoints, device)
+    facts |= {"parameters": sum(p.numel() for p in model.parameters()), "workers": distributed.world_size(),
+              "started_from": start_of(config), "fresh": settings.fresh}  # fmt: skip
     if distributed.rank() == 0:
         _save(model, tokenizer, storage.join(out, "model"))
     return facts

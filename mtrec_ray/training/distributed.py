@@ -58,3 +58,40 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * world_size()
     dist.all_gather_object(out, value)
     return out
+
+
+def gather_rows(row_PE: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """All ranks' rows on every rank, in the order of the ranks; counts: rows of each. The gradient of a row is the sum over all
+    ranks and goes back to the rank that gave it."""
+    if not is_distributed():
+        return row_PE
+    return _Gathered.apply(row_PE, counts, _own_group())  # type: ignore[no-any-return, no-untyped-call]
+
+
+_groups: list[Any] = []
+"""(the process group of all, another one of all ranks)."""
+
+
+def _own_group() -> Any:
+    """A process group for sums in the backward pass: DDP's run at the same time, in an order of theirs."""
+    if not _groups or _groups[0] is not dist.group.WORLD:
+        _groups[:] = [dist.group.WORLD, dist.new_group()]
+    return _groups[1]
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, row_PE: torch.Tensor, counts: list[int], group: Any) -> torch.Tensor:  # type: ignore[override]
+        ctx.counts, ctx.group = counts, group
+        padded = row_PE.new_zeros(max(counts), row_PE.shape[1])
+        padded[: len(row_PE)] = row_PE
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad_WE: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        total_WE = grad_WE.contiguous().clone()
+        dist.all_reduce(total_WE, group=ctx.group)
+        begin = sum(ctx.counts[: rank()])
+        return total_WE[begin : begin + ctx.counts[rank()]], None, None

@@ -286,7 +286,9 @@ def test_the_moving_average_has_an_encoder_and_vectors_of_its_own(tiny_run: Tiny
     model = with_texts(config, tiny_run.data.prefix)
     run = Training(config, model, 1, torch.device("cpu"))
     assert run.kept.text_NE is not model.text_NE and run.kept.tuned.model is not model.tuned.model
-    assert run.kept.tuned.encoder.model is run.kept.tuned.model and run.kept.tuned.encoder.tokenizer is model.tuned.encoder.tokenizer
+    assert (
+        run.kept.tuned.encoder.model is run.kept.tuned.model and run.kept.tuned.encoder.tokenizer is model.tuned.encoder.tokenizer
+    )
     with torch.no_grad():
         for parameter in run.kept.tuned.model.parameters():
             parameter.mul_(0.5)
@@ -295,7 +297,9 @@ def test_the_moving_average_has_an_encoder_and_vectors_of_its_own(tiny_run: Tiny
     assert (model.text_NE - run.kept.text_NE).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("settings", "cure"), [({"precision": "int8"}, "have no gradients"), ({"long_texts": "chunks"}, "take cut")])
+@pytest.mark.parametrize(
+    ("settings", "cure"), [({"precision": "int8"}, "have no gradients"), ({"long_texts": "chunks"}, "take cut")]
+)
 def test_what_cannot_be_trained_is_refused_at_load(tiny_run: TinyRun, folder: Path, settings: dict[str, str], cure: str) -> None:
     def change(raw: dict[str, Any]) -> None:
         raw["encoder"] = {"model": str(folder), "tuning": {"kind": "full"}} | settings

@@ -21,7 +21,18 @@ from mtrec_ray.encoders.loading import EncoderError
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.pretraining import loop, worker
 from mtrec_ray.pretraining.blocks import IGNORED, Special, following, masked, pack
-from mtrec_ray.pretraining.corpus import CorpusError, build_corpus
+from mtrec_ray.pretraining.corpus import CorpusError, build_corpus, is_held, sequences
+from mtrec_ray.pretraining.objectives import (
+    Examples,
+    LanguageModelling,
+    Padded,
+    PairLosses,
+    Pairs,
+    Vectors,
+    shortened,
+    spread,
+)
+from mtrec_ray.pretraining.pairs import build_pairs
 from mtrec_ray.training.checkpoint import Checkpoints
 from tests import tiny
 from tests.conftest import TinyRun
@@ -30,7 +41,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Thing", "even", "odd", "
 SPECIAL = Special(begin=(2,), between=(3,), pad=0, mask=4, never=(0, 1, 2, 3, 4), vocabulary=len(WORDS))
 
 
-def write_checkpoint(folder: Path, kind: str = "bert") -> Path:
+def write_checkpoint(folder: Path, kind: str = "bert", layers: int = 1, spread: float = 0.02) -> Path:
     """A tiny BERT or GPT-2 with random weights and a word tokenizer. It understands nothing before it is trained."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -42,10 +53,14 @@ def write_checkpoint(folder: Path, kind: str = "bert") -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
     if kind == "gpt":
-        GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(folder)
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=layers, n_head=2, n_positions=64)).save_pretrained(
+            folder
+        )
     else:
-        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-        BertForMaskedLM(BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, **size)).save_pretrained(folder)
+        size = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 32}
+        BertForMaskedLM(
+            BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, initializer_range=spread, **size)
+        ).save_pretrained(folder)
     return folder
 
 
@@ -209,8 +224,18 @@ def _rank(rank: int, world: int, port: int, config: str, prefix: str, out: str) 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     facts = worker.run_worker(RunConfig.model_validate_json(config), prefix, out, lambda *_: None)
-    torch.save(facts["perplexity"], f"{out}/{rank}.pt")
+    torch.save(facts[NAMES[facts["objective"]]], f"{out}/{rank}.pt")
     dist.destroy_process_group()
+
+
+NAMES = {"mlm": "perplexity", "clm": "perplexity", "contrastive": "info_nce", "distil": "distance"}
+
+
+def in_two(config: RunConfig, run: TinyRun, out: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_rank, (2, port, config.model_dump_json(), run.data.prefix, str(out)), nprocs=2)
 
 
 @pytest.mark.slow
@@ -222,10 +247,7 @@ def test_two_ranks_make_the_updates_of_one(tiny_run: TinyRun, tmp_path: Path) ->
     config = config_of(tiny_run, folder, epochs=2, learning_rate=0.001)
     (tmp_path / "two").mkdir()
     alone, _ = trained(config, tiny_run, tmp_path / "one")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (2, port, config.model_dump_json(), tiny_run.data.prefix, str(tmp_path / "two")), nprocs=2)
+    in_two(config, tiny_run, tmp_path / "two")
     for found, wanted in zip(torch.load(tmp_path / "two" / "1.pt"), alone["perplexity"], strict=True):
         assert found == pytest.approx(wanted, rel=1e-3)
     for name, value in weights(tmp_path / "one").items():
@@ -274,6 +296,117 @@ def test_perplexity_is_the_exponential_of_the_mean(bert: Path) -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
             return type("Out", (), {"logits": torch.zeros(*input_ids.shape, len(WORDS))})()
 
-    rows = loop.Rows([[10, 11, 12, 13]] * 20, PretrainConfig(block=8), SPECIAL, True)
-    found = loop.perplexity(loop.LossSum(Uniform()), {"items": rows}, torch.device("cpu"))
+    objective = LanguageModelling(PretrainConfig(block=8), Uniform(), [], {"items": [[10, 11, 12, 13]] * 20}, SPECIAL, True)
+    found = loop.measured(objective, torch.device("cpu"))
     assert found["items"] == pytest.approx(len(WORDS), rel=1e-5) and math.isfinite(found["items"])
+
+
+# -- vectors
+
+
+def test_pairs_are_neighbours_of_one_user_and_of_the_train_part_alone(tiny_run: TinyRun) -> None:
+    settings = PretrainConfig(held_out=0.3, pair_distance=2)
+    corpus = build_pairs(settings, 0, tiny_run.data.prefix)
+    catalogue = storage.read_table(tiny_run.data.path("catalogue.parquet"))["text"].to_pylist()
+    expected: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    for user, item in sequences(settings, tiny_run.data.prefix):
+        for i in range(len(item)):
+            for j in range(i + 1, min(i + 3, len(item))):
+                if catalogue[item[i]] != catalogue[item[j]]:
+                    expected[bool(is_held(np.array([user]), 0.3)[0])].append((catalogue[item[i]], catalogue[item[j]]))
+    for side, pairs in ((False, corpus.train), (True, corpus.held)):
+        assert sorted(expected[side]) == sorted((corpus.texts[a], corpus.texts[b]) for a, b in pairs.tolist()) and expected[side]
+
+
+def by_hand(module: PairLosses, pairs: list[tuple[int, int]], texts: Padded) -> float:
+    """InfoNCE of pairs, item by item."""
+    with torch.no_grad():
+        vectors = module.vectors(*texts.rows(torch.arange(len(texts.length_N))))
+    total = 0.0
+    for side in (0, 1):
+        for i, pair in enumerate(pairs):
+            anchor, other = pair[side], pair[1 - side]
+            candidates = [p[1 - side] for j, p in enumerate(pairs) if j == i or p[1 - side] not in (anchor, other)]
+            score = torch.stack([vectors[anchor] @ vectors[c] for c in candidates]) / module.temperature
+            total += float(torch.logsumexp(score, 0) - vectors[anchor] @ vectors[other] / module.temperature) / 2
+    return total
+
+
+def test_the_loss_of_pairs_by_hand(bert: Path) -> None:
+    encoder = TextEncoder(EncoderConfig(model=str(bert)))
+    texts = Padded(encoder.tokens(["Thing 1", "Thing 2 even", "odd", "new, odd 7"])[0], 0)
+    pairs = [(0, 1), (1, 2), (2, 3), (0, 3), (3, 1)]  # texts come twice: no negatives of their own pairs
+    module = PairLosses(Vectors(encoder.model, "mean"), 0.5)
+    examples = Pairs(texts, torch.tensor(pairs)).batch(torch.arange(5), 0)
+    assert float(module(*spread(examples, 0, 1))) == pytest.approx(by_hand(module, pairs, texts), rel=1e-4)
+
+
+def test_rows_are_spread_evenly_and_padding_has_no_weight() -> None:
+    examples = Examples((torch.arange(5), torch.arange(10, 15)), 5, 0)
+    parts = [spread(examples, rank, 3) for rank in range(3)]
+    assert [p[0].tolist() for p in parts] == [[0, 3], [1, 4], [2, 4]] and parts[0][1].tolist() == [10, 13]
+    assert [p[-1].tolist() for p in parts] == [[1, 1], [1, 1], [1, 0]]
+    one = Examples((torch.arange(1),), 1, 0)
+    assert [spread(one, rank, 2)[-1].tolist() for rank in range(2)] == [[1], [0]]
+
+
+def test_contrastive_brings_texts_of_one_taste_together(tiny_run: TinyRun, bert: Path, tmp_path: Path) -> None:
+    config = config_of(
+        tiny_run, bert, objective="contrastive", epochs=8, batch_blocks=32, pairs=400, temperature=0.5, learning_rate=0.003
+    )
+    facts, reported = trained(config, tiny_run, tmp_path)
+    assert reported[-1][1]["train/loss"] < reported[1][1]["train/loss"] and facts["rows"] == 400
+    assert reported[-1][1]["info_nce/pairs"] == facts["info_nce"][-1]["pairs"]
+    texts = [f"Thing {i}, {'even' if i % 2 == 0 else 'odd'}" for i in range(20)]
+
+    def apart(folder: Path) -> float:
+        vectors = TextEncoder(EncoderConfig(model=str(folder))).encode(texts)
+        cosine = vectors @ vectors.T
+        same = np.equal.outer(np.arange(20) % 2, np.arange(20) % 2)
+        return float(cosine[same & ~np.eye(20, dtype=bool)].mean() - cosine[~same].mean())
+
+    assert apart(tmp_path / "model") > apart(bert) + 0.3
+
+
+def test_a_student_has_fewer_layers_and_its_teachers_vectors(tiny_run: TinyRun, tmp_path: Path) -> None:
+    teacher = write_checkpoint(tmp_path / "teacher", layers=3, spread=0.3)
+    config = config_of(tiny_run, teacher, objective="distil", layers=2, epochs=30, learning_rate=0.003)
+    facts, _ = trained(config, tiny_run, tmp_path)
+    first, last = facts["distance"][0], facts["distance"][-1]
+    assert set(last) == {"items", "histories"} and last["histories"] < 0.5 * first["histories"]
+    student = TextEncoder(EncoderConfig(model=str(tmp_path / "model")))
+    assert student.model.config.num_hidden_layers == 2 == len(student.model.encoder.layer)
+    texts = ["Thing 1, odd", "Thing 2; Thing 3"]
+    cosine = (student.encode(texts) * TextEncoder(EncoderConfig(model=str(teacher))).encode(texts)).sum(1)
+    assert (cosine > 0.9).all()
+
+
+def test_a_gpt_can_be_shortened_too(tmp_path: Path) -> None:
+    encoder = TextEncoder(EncoderConfig(model=str(write_checkpoint(tmp_path, "gpt", layers=3, spread=0.3)), pooling="last"))
+    before = encoder.encode(["Thing 1"])
+    shortened(encoder.model, 1)
+    assert len(encoder.model.h) == 1 and not np.allclose(encoder.encode(["Thing 1"]), before)
+    with pytest.raises(ValueError, match="1 layers of 1: there is nothing to leave out"):
+        shortened(encoder.model, 1)
+
+
+def test_more_layers_than_there_are_is_said(tiny_run: TinyRun, bert: Path) -> None:
+    with pytest.raises(EncoderError, match=r"pretrain\.layers: 2 layers of 1.*lower it"):
+        worker.check(config_of(tiny_run, bert, objective="distil"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["contrastive", "distil"])
+def test_two_ranks_make_the_vectors_of_one(objective: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+    """The negatives of a pair are all other pairs of the global batch; the last one leaves a rank without rows."""
+    folder = write_checkpoint(tmp_path / "bert", layers=2)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    config = config_of(tiny_run, folder, objective=objective, epochs=2, learning_rate=0.001, pairs=33, layers=1)
+    (tmp_path / "two").mkdir()
+    alone, _ = trained(config, tiny_run, tmp_path / "one")
+    in_two(config, tiny_run, tmp_path / "two")
+    for found, wanted in zip(torch.load(tmp_path / "two" / "1.pt"), alone[NAMES[objective]], strict=True):
+        assert found == pytest.approx(wanted, rel=1e-3)
+    for name, value in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-3, atol=1e-4)
