@@ -159,7 +159,9 @@ def main() -> int:
     if detail is None:
         return 2
     worst = min(g["low"] for g in detail["gains"]["tasks"].values())
-    return finish("multitask_vs_single", worst, "worst 95 % bound of a relative gain", f">= {-ALLOWED}", worst >= -ALLOWED, detail)
+    balancer = detail["settings"]["balancing"]["kind"]
+    name = "multitask_vs_single" if balancer == "static" else f"multitask_vs_single_{balancer}"
+    return finish(name, worst, "worst 95 % bound of a relative gain", f">= {-ALLOWED}", worst >= -ALLOWED, detail)
 
 
 def arguments(description: str, config: str, run: str, epochs: int) -> argparse.ArgumentParser:
