@@ -13,7 +13,7 @@ from mtrec_ray import storage
 from mtrec_ray.config.pretrain import PretrainConfig
 from mtrec_ray.pretraining.corpus import CorpusError, is_held, sequences
 
-HELD_PAIRS = 4096
+HELD_PAIRS = 1024
 """Held-out pairs that are measured, at most."""
 
 
