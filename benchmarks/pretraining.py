@@ -45,7 +45,8 @@ def main() -> int:
     for name, overrides in CASES.items():
         for workers in WORKERS:
             found[f"{name}, {workers} workers"] = run(name, overrides, workers)
-    ratios, apart = {}, {}
+    ratios: dict[str, float] = {}
+    apart: dict[str, float] = {}
     for key, facts in found.items():
         ratios |= {f"{key}, {kind}": facts["perplexity"][-1][kind] / before for kind, before in facts["perplexity"][0].items()}
     for name in CASES:

@@ -111,17 +111,27 @@ class Rows:
         return Examples((seen, real, label), int((label != IGNORED).sum()), int(real.sum()))
 
 
+HEADS = ("cls", "lm_head")
+"""Names of a language model's head that reads hidden states alone; of another one all logits are made."""
+
+
 class TokenLosses(nn.Module):
-    """Rows -> sum of −log p over their labels."""
+    """Rows -> sum of −log p over their labels. The head, half of a small model's work, reads the labelled positions alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.head = next((n for n in HEADS if hasattr(model, n) and getattr(model, "base_model", model) is not model), None)
 
     def forward(self, token_BT: Tensor, real_BT: Tensor, label_BT: Tensor, weight_B: Tensor) -> Tensor:
         label_BT = torch.where(weight_B[:, None] > 0, label_BT, IGNORED)
-        logit_BTV = self.model(input_ids=token_BT, attention_mask=real_BT.long()).logits
-        return F.cross_entropy(logit_BTV.flatten(0, 1).float(), label_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+        asked_BT, inputs = label_BT != IGNORED, {"input_ids": token_BT, "attention_mask": real_BT.long()}
+        if self.head is None:
+            logit_QV = self.model(**inputs).logits[asked_BT]
+        else:
+            hidden_BTE = self.model.base_model(**inputs).last_hidden_state  # type: ignore[operator, union-attr]
+            logit_QV = getattr(self.model, self.head)(hidden_BTE[asked_BT])
+        return F.cross_entropy(logit_QV.float(), label_BT[asked_BT], reduction="sum")
 
 
 # -- vectors

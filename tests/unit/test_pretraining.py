@@ -28,6 +28,7 @@ from mtrec_ray.pretraining.objectives import (
     Padded,
     PairLosses,
     Pairs,
+    TokenLosses,
     Vectors,
     shortened,
     spread,
@@ -299,6 +300,30 @@ def test_perplexity_is_the_exponential_of_the_mean(bert: Path) -> None:
     objective = LanguageModelling(PretrainConfig(block=8), Uniform(), [], {"items": [[10, 11, 12, 13]] * 20}, SPECIAL, True)
     found = loop.measured(objective, torch.device("cpu"))
     assert found["items"] == pytest.approx(len(WORDS), rel=1e-5) and math.isfinite(found["items"])
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_the_head_reads_the_labelled_positions_alone_and_the_loss_is_that_of_all_logits(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    family = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+    model = family.from_pretrained(write_checkpoint(tmp_path, kind, spread=0.3)).eval()
+    token = torch.randint(5, len(WORDS), (3, 8), generator=torch.Generator().manual_seed(0))
+    real = torch.ones_like(token, dtype=torch.bool)
+    real[2, 5:] = False
+    label = torch.where(torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.3, token, IGNORED)
+    weight = torch.tensor([1.0, 0.0, 1.0])
+    losses = TokenLosses(model)
+    assert losses.head == ("cls" if kind == "bert" else "lm_head")
+    found = losses(token, real, label, weight)
+    kept = torch.where(weight[:, None] > 0, label, IGNORED)
+    logits = model(input_ids=token, attention_mask=real.long()).logits
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits.flatten(0, 1), kept.flatten(), reduction="sum"))
+    losses.head = None
+    torch.testing.assert_close(losses(token, real, label, weight), found)
+    nothing = TokenLosses(model)(token, real, torch.full_like(label, IGNORED), weight)
+    nothing.backward()
+    assert float(nothing) == 0 and all(p.grad is not None for p in model.parameters())  # DDP waits for all of them
 
 
 # -- vectors
