@@ -43,6 +43,10 @@ bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality_best
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.multitask_vs_single
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.multitask_vs_single --trials 2 balancing.kind=famo
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.encode
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.pretraining
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.text_value
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.profiles
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking_tasks
 	$(BIN)/python -m benchmarks.balancer_cost
