@@ -127,6 +127,11 @@ def preflight(config: RunConfig, out: str) -> None:
         )
     if train.use_gpu and train.min_workers > gpus:
         raise PreflightError(f"train.use_gpu with {train.min_workers} workers, but the cluster has {gpus:g} GPUs")
+    if config.encoder is not None and config.encoder.use_gpu and config.encoder.workers > gpus:
+        raise PreflightError(
+            f"encoder.use_gpu with {config.encoder.workers} workers, but the cluster has {gpus:g} GPUs: encoding would wait. "
+            "Lower encoder.workers, or set it to false"
+        )
     if train.feed == "stream" and not train.use_gpu and train.max_workers >= cpus:
         raise PreflightError(
             f"train.feed is stream and train.workers may take {train.max_workers} of the cluster's {cpus:g} CPUs: Ray Data would "

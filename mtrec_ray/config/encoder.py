@@ -49,5 +49,7 @@ class EncoderConfig(Model):
     """Texts encoded together, at most."""
     workers: Int = Field(default=1, ge=1)
     """Ray Data actors."""
+    use_gpu: bool = False
+    """One GPU for every actor."""
     tuning: TuningConfig | None = None
     """None: the encoder is frozen and its vectors are made once."""

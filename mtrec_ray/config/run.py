@@ -97,6 +97,8 @@ class RunConfig(Model):
             task.check(key, self.data, self.tasks)
         if self.encoder is not None and self.data.text is None:
             raise ValueError("encoder: data.text is missing, so there is no text to encode")
+        if self.encoder is not None and self.encoder.use_gpu and self.encoder.precision == "int8":
+            raise ValueError("encoder.precision: int8 is for CPUs; with encoder.use_gpu take bf16 or auto")
         if self.encoder is not None and self.encoder.tuning is not None:
             if self.encoder.precision == "int8":
                 raise ValueError("encoder.precision: int8 weights have no gradients; leave it out, or take encoder.tuning away")

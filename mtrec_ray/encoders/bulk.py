@@ -36,7 +36,7 @@ class _Actor:
     def __init__(self, config: EncoderConfig, folder: str) -> None:
         torch.set_num_threads(1)
         self.folder = folder
-        self.encoder = TextEncoder(config, "cuda" if torch.cuda.is_available() and config.precision != "int8" else "cpu")
+        self.encoder = TextEncoder(config, "cuda" if config.use_gpu else "cpu")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for number, texts in zip(batch["shard"], batch["texts"], strict=True):
@@ -119,6 +119,7 @@ def _encode_shards(config: EncoderConfig, folder: str, shards: list[list[str]]) 
         fn_constructor_args=(config, folder),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(missing))),
+        num_gpus=1 if config.use_gpu else 0,
     )  # fmt: skip
     before = done
     for batch in dataset.iter_batches(batch_size=None):

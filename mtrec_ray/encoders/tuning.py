@@ -38,7 +38,7 @@ class TunedTexts(nn.Module):
         assert config.tuning is not None
         check_tuning(config)
         self.tuning, self.seed = config.tuning, seed
-        self.encoder = TextEncoder(config.model_copy(update={"precision": "float32"}))
+        self.encoder = TextEncoder(config.model_copy(update={"precision": "float32", "compile": False}))
         known = sorted({t for t in texts if t})
         self.pieces, _ = self.encoder.tokens(known)
         number = {t: i for i, t in enumerate(known) if self.pieces[i]}
@@ -60,14 +60,12 @@ class TunedTexts(nn.Module):
         """
         items = torch.arange(n_items, device=text_NE.device) if item_U is None else item_U
         text_W = self._chosen(items, step)
-        if not len(text_W):
-            return text_NE[items]
         vector_WE = self._encode(text_W)
         place_N = torch.searchsorted(text_W, self.text_N).clamp(max=len(text_W) - 1)
         fresh_N = text_W[place_N] == self.text_N
         with torch.no_grad():
             text_NE[fresh_N] = vector_WE.detach()[place_N[fresh_N]].to(text_NE.dtype)
-        return torch.where(fresh_N[items, None], vector_WE[place_N[items]].float(), text_NE[items])
+        return torch.where(fresh_N[items, None], vector_WE[place_N[items]], text_NE[items])
 
     @torch.no_grad()
     def refresh(self, text_NE: Tensor) -> None:
@@ -86,12 +84,15 @@ class TunedTexts(nn.Module):
         self.encoder.tokenizer.save_pretrained(folder)
 
     def _chosen(self, items: Tensor, step: int) -> Tensor:
-        """Texts that the global batch reads, or a draw of `items_per_step` of them: ascending, the same on every rank."""
+        """Texts that the global batch reads, or a draw of `items_per_step` of them: ascending, the same on every rank. Never none:
+        DDP waits for the encoder's gradients, be they zero."""
         wanted_N = torch.zeros(len(self.text_N), device=items.device)
         wanted_N[items] = 1
         wanted_N = distributed.all_reduce_sum(wanted_N)
         text_W = torch.unique(self.text_N[(wanted_N > 0) & (self.text_N >= 0)])
         limit = self.tuning.items_per_step
+        if not len(text_W):
+            return self.text_N[self.text_N >= 0][:1]
         if limit is None or len(text_W) <= limit:
             return text_W
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step * 4_099 + 17) % 2**63)
@@ -110,7 +111,7 @@ class TunedTexts(nn.Module):
         for places in self.encoder.batches([len(p) for p in pieces]):
             order += places
             vectors.append(self._batch([pieces[i] for i in places]))
-        vector_PE = torch.cat(vectors)[torch.argsort(torch.tensor(order, device=text_W.device))][: len(mine)]
+        vector_PE = torch.cat(vectors).float()[torch.argsort(torch.tensor(order, device=text_W.device))][: len(mine)]
         return distributed.gather_rows(vector_PE, counts)
 
     def _batch(self, pieces: list[list[int]]) -> Tensor:
@@ -127,6 +128,12 @@ class TunedTexts(nn.Module):
         made.encoder = copy.copy(self.encoder)
         made.encoder.model = made.model
         return made
+
+
+def check_texts(texts: Sequence[str | None]) -> None:
+    """Raises EncoderError when there is nothing to read."""
+    if not any(texts):
+        raise EncoderError("encoder.tuning: no item has a text, so there is nothing to train the encoder on; take it away")
 
 
 def check_tuning(config: EncoderConfig) -> None:

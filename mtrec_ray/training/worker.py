@@ -20,7 +20,7 @@ from mtrec_ray.balancing import build_balancer
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.encoders.cache import load_text_vectors
-from mtrec_ray.encoders.tuning import TunedTexts, check_tuning
+from mtrec_ray.encoders.tuning import TunedTexts, check_texts, check_tuning
 from mtrec_ray.evaluation.evaluate import quick_metrics, quick_statistics
 from mtrec_ray.evaluation.statistics import Statistics
 from mtrec_ray.models.recommender import Recommender
@@ -84,7 +84,9 @@ def tell_items(model: Recommender, catalogue: pa.Table) -> None:
 def tune_texts(model: Recommender, config: RunConfig, catalogue: pa.Table) -> None:
     """Put the TextEncoder into the model where it is trained too. Raises EncoderError."""
     if config.encoder is not None and config.encoder.tuning is not None:
-        model.tuned = TunedTexts(config.encoder, catalogue["text"].to_pylist(), config.seed)
+        texts = catalogue["text"].to_pylist()
+        check_texts(texts[: model.schema.n_train_items])
+        model.tuned = TunedTexts(config.encoder, texts, config.seed)
 
 
 def export_encoder(config: RunConfig, fitted: Fitted, folder: str) -> None:
@@ -113,7 +115,7 @@ def _fingerprint(config: RunConfig, data: storage.Directory, text: storage.Direc
     parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train"})
     parts["train"] = {k: v for k, v in parts["train"].items() if k not in left_out}
     if config.encoder is not None and config.encoder.tuning is not None:
-        parts["tuning"] = config.encoder.model_dump(mode="json", exclude={"workers", "compile"})
+        parts["tuning"] = config.encoder.model_dump(mode="json", exclude={"workers", "compile", "use_gpu"})
     parts["order"] = list(config.tasks)  # draws and the optimiser's parameters go by it
     parts["evaluation"] = config.evaluation.model_dump(mode="json", include=folds)
     return storage.fingerprint({

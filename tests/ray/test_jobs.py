@@ -62,11 +62,14 @@ def test_a_mistake_gives_one_message_and_exit_code_two(tmp_path: Path, arguments
 @pytest.mark.ray
 def test_training_that_would_wait_for_ever_is_refused(ray_cluster: Any, tmp_path: Path) -> None:
     from mtrec_ray import runtime
-    from mtrec_ray.config import load_config
+    from mtrec_ray.config import EncoderConfig, load_config
 
     config = load_config(write_config(tmp_path, workers=64))
     with pytest.raises(runtime.PreflightError, match=r"train\.workers is 64.*4 CPUs"):
         runtime.preflight(config, str(tmp_path))
+    encoding = {"encoder": EncoderConfig(model="any", use_gpu=True)}
+    with pytest.raises(runtime.PreflightError, match=r"encoder\.use_gpu with 1 workers.*0 GPUs"):
+        runtime.preflight(load_config(write_config(tmp_path)).model_copy(update=encoding), str(tmp_path))
 
 
 @pytest.mark.ray

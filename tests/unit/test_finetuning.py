@@ -308,7 +308,30 @@ def test_what_cannot_be_trained_is_refused_at_load(tiny_run: TinyRun, folder: Pa
         tiny.make_config(tiny_run.folder, change)
 
 
+def test_eight_bits_on_a_gpu_are_refused_at_load(tiny_run: TinyRun, folder: Path) -> None:
+    def change(raw: dict[str, Any]) -> None:
+        raw["encoder"] = {"model": str(folder), "precision": "int8", "use_gpu": True}
+
+    with pytest.raises(ConfigError, match="int8 is for CPUs"):
+        tiny.make_config(tiny_run.folder, change)
+
+
 def test_adapters_without_peft_name_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EncoderError, match=r"pip install 'mtrec_ray\[adapters\]'"):
         check_tuning(EncoderConfig(model=str(folder), tuning={"kind": "lora"}))  # type: ignore[arg-type]
+
+
+def test_a_batch_without_a_text_trains_nothing_of_the_encoder_but_has_its_gradients(folder: Path) -> None:
+    texts = TunedTexts(EncoderConfig(model=str(folder), tuning={"kind": "full"}), ["Thing 1", None, None], 0)  # type: ignore[arg-type]
+    cache = torch.zeros(3, 16)
+    found = texts(cache, torch.tensor([1, 2]), 3, 0)
+    assert not found.any() and found.requires_grad
+    found.sum().backward()
+    for name, parameter in texts.model.named_parameters():
+        assert "pooler" in name or (parameter.grad is not None and not parameter.grad.any()), name
+
+
+def test_a_catalogue_without_any_text_is_refused() -> None:
+    with pytest.raises(EncoderError, match="no item has a text"):
+        tuning.check_texts([None, "", None])
