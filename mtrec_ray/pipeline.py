@@ -97,8 +97,19 @@ class Run:
         config = self.config.model_dump(mode="json", exclude={"scoring", "pretrain"})
         return storage.fingerprint({"train": self.trained.manifest["inputs"], "config": config})
 
+    def _check_training(self) -> None:
+        """Raises StageError when the training read other data or other text vectors than are here now: they fit neither its
+        weights nor, perhaps, their width."""
+        text = self._text()
+        now = {"data": self.data.manifest["inputs"], "text": None if text is None else text.manifest["inputs"]}
+        for name, wanted in self.trained.manifest.get("read", now).items():
+            if wanted != now[name]:
+                what = "prepared data" if name == "data" else "text vectors: encoder or texts are not those of the training"
+                raise StageError(f"{self.trained.root}: it was trained on other {what}; run jobs.train again")
+
     def _index(self) -> bool:
         inputs = self._bundle_inputs()
+        self._check_training()
         prefix = storage.join(self.bundle.root, inputs[:16])
         if storage.exists(storage.join(prefix, "fingerprint.json")):
             stated = storage.read_json(storage.join(prefix, "fingerprint.json"))["fingerprint"]

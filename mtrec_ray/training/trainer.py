@@ -162,7 +162,8 @@ def train(config: RunConfig, data: storage.Directory, text: storage.Directory | 
         raise
     facts = storage.read_json(storage.join(prefix, "training.json"))
     assert facts["rows_dropped"] == 0, facts
-    directory.publish(inputs, kind="train", training=facts)
+    read = {"data": data.manifest["inputs"], "text": None if text is None else text.manifest["inputs"]}
+    directory.publish(inputs, kind="train", training=facts, read=read)
     storage.delete(ray_storage)
     storage.delete(kept)
     return directory

@@ -6,9 +6,10 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import multitask_vs_single, profiles
+from benchmarks import multitask_vs_single, profiles, text_value
 
 
 def test_profiles_told_by_another_configuration_or_of_other_data_are_not_taken_up() -> None:
@@ -34,3 +35,24 @@ def test_a_comparison_without_trials_or_epochs_is_refused(monkeypatch: pytest.Mo
     with pytest.raises(SystemExit) as stopped:
         multitask_vs_single.main()
     assert stopped.value.code == 2
+
+
+def told(valid: float, test: float) -> dict[str, Any]:
+    return {"item_holdout": {"valid": {"retrieval": [valid]}, "test": {"retrieval": [test]}, "n": 7.0}}
+
+
+def test_the_text_variant_is_chosen_on_valid_alone() -> None:
+    table = {"none": told(0.9, 0.9), "metadata": told(0.1, 0.1), "frozen": told(0.3, 0.2), "lora": told(0.2, 0.5)}
+    found = text_value.judged(table)
+    assert found == {"best_on_valid": "frozen", "recall@20": {"frozen": 0.2, "metadata": 0.1}, "n": 7.0, "ratio": 2.0}
+    assert np.isnan(text_value.judged({"metadata": told(0.1, 0.1), "frozen": {}})["ratio"])
+
+
+def test_variants_differ_in_their_text_alone() -> None:
+    raw = text_value.base_config("ml100k", "item_holdout", 2)
+    benches = {n: text_value.bench_of(n, "ml100k", "item_holdout", raw, "data", 2) for n in text_value.VARIANTS}
+    plain = benches["frozen"].config.model_dump(exclude={"encoder"})
+    assert all(b.config.model_dump(exclude={"encoder"}) == plain for b in benches.values())
+    assert len({b.out for b in benches.values()}) == len(benches) and benches["none"].text is None
+    assert benches["lora"].config.encoder.tuning.kind == "lora"  # type: ignore[union-attr]
+    assert set(plain["tasks"]) == {"retrieval"} and plain["train"]["monitor"] == "retrieval/recall@20"
