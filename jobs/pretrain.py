@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     facts = directory.manifest["pretraining"]
-    before, after = facts["perplexity"][0], facts["perplexity"][-1]
-    for kind in before:
-        texts = facts["held_out"][kind]
-        print(f"held-out perplexity of {kind} ({texts} texts): {before[kind]:.2f} before, {after[kind]:.2f} after")
+    measure = facts["measure"]
+    before, after = facts[measure][0], facts[measure][-1]
+    for kind, rows in facts["held_out_rows"].items():
+        print(f"held-out {measure} of {kind} ({rows} rows): {before[kind]:.4g} before, {after[kind]:.4g} after")
     print(f"encoder.model={directory.path('model')}")
     return 0
 

@@ -49,7 +49,8 @@ def fit(
     checkpoints: Checkpoints | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Train the objective's module in place -> {its measure on held-out texts, before training and after every epoch, "steps", …}.
+    """Train the objective's module in place -> {"measure": its name, that name: held-out values before training and after every
+    epoch, "steps", …}.
 
     A killed run goes on from its last checkpoint. Raises PretrainStopped when the loss is not finite.
     """
@@ -103,7 +104,7 @@ def fit(
         report(progress.epoch, scalars)
         progress = Progress(progress.epoch + 1, 0, progress.global_step)
         save()
-    return {name: history, "objective": objective.name, "steps": steps, "tokens": tokens,
+    return {name: history, "measure": name, "objective": objective.name, "steps": steps, "tokens": tokens,
             "seconds": seconds + time.perf_counter() - started, "rows": objective.rows,
             "held_out_rows": {k: len(v) for k, v in objective.held.items()}}  # fmt: skip
 
