@@ -87,6 +87,15 @@ def load_model(name: str, path: str, tokenizer: Any, key: str = "encoder.model")
     if missing:
         raise EncoderError(f"{key} {name!r}: the weights of {path} lack {missing[:3]} ({len(missing)} in all)")
     check_tokens(name, len(tokenizer), model.config.vocab_size, key)
+    return plain_weights(model)
+
+
+def plain_weights(model: Any) -> Any:
+    """A model that can be saved: what transformers reads from a GGUF file has float32 weights, but calls itself quantized."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     return model
 
 

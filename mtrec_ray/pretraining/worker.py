@@ -13,7 +13,7 @@ from torch import nn
 
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, RunConfig
-from mtrec_ray.encoders.loading import EncoderError, check_tokens, load_tokenizer, resolve_model, source
+from mtrec_ray.encoders.loading import EncoderError, check_tokens, load_tokenizer, plain_weights, resolve_model, source
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.pretraining.blocks import Special
 from mtrec_ray.pretraining.corpus import build_corpus
@@ -61,7 +61,7 @@ def load(config: RunConfig) -> tuple[nn.Module, Any, bool]:
             model, missing = kind.from_config(architecture), []
         else:
             model, info = kind.from_pretrained(**given, config=architecture, dtype=torch.float32, output_loading_info=True)
-            missing = sorted(info["missing_keys"])
+            model, missing = plain_weights(model), sorted(info["missing_keys"])
     except Exception as error:  # transformers, tokenizers and safetensors each have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise EncoderError(f"pretrain.model {name!r} cannot be used: {reason}") from None
