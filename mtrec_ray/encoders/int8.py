@@ -1,8 +1,8 @@
 """Eight bits for CPUs: linear layers and embeddings of a transformer with int8 weights, activations rounded per token.
 
 W8A8 with a scale for every output channel and every token (the per-token scheme of LLM.int8(), Dettmers et al. 2022, arXiv
-2208.07339, without its outlier columns). torch's own dynamic quantization has one scale for all tokens of a batch, which cost
-MiniLM's vectors a cosine of 0.03 (docs/encoders.md). Products run in `torch._int_mm`: fast where the CPU has VNNI.
+2208.07339, without its outlier columns). torch's own dynamic quantization has one scale for all tokens of a batch, which one
+large activation spoils. Products run in `torch._int_mm`: fast where the CPU has VNNI.
 """
 
 from __future__ import annotations

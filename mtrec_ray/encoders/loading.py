@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mtrec_ray import storage
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -97,6 +100,15 @@ def plain_weights(model: Any) -> Any:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model
+
+
+def save_model(model: Any, tokenizer: Any, folder: str) -> None:
+    """Write a Hugging Face directory, local or on an object store."""
+    with tempfile.TemporaryDirectory() as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        for file in sorted(Path(draft).iterdir()):
+            storage.write_bytes(storage.join(folder, file.name), file.read_bytes())
 
 
 def check_tokens(name: str, tokens: int, vocabulary: int, key: str) -> None:

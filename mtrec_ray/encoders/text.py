@@ -14,7 +14,7 @@ from mtrec_ray.encoders.int8 import to_int8
 from mtrec_ray.encoders.loading import EncoderError, load_model, load_tokenizer, longest_input, resolve_model
 
 CPU_TOKENS = 512
-"""Tokens of a batch on a CPU: their activations stay in a core's cache."""
+"""Tokens of a batch on a CPU, so that its activations may stay in a core's cache."""
 
 
 class TextEncoder:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtrec_ray.config import EncoderConfig, TuningConfig
-from mtrec_ray.encoders.loading import EncoderError
+from mtrec_ray.encoders.loading import EncoderError, save_model
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.training import distributed
 
@@ -47,12 +46,6 @@ class TunedTexts(nn.Module):
         self.model = _prepared(self.encoder.model, self.tuning, seed)
         self.encoder.model = self.model
 
-    def parameter_counts(self) -> dict[str, int]:
-        return {
-            "encoder": sum(p.numel() for p in self.model.parameters()),
-            "encoder_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-        }
-
     def forward(self, text_NE: Tensor, item_U: Tensor | None, n_items: int, step: int) -> Tensor:
         """Text vectors of a step -> (U, E), or (n_items, E) where item_U is None: the whole training catalogue.
 
@@ -77,11 +70,9 @@ class TunedTexts(nn.Module):
         text_NE[self.text_N >= 0] = vector_WE[place[self.text_N >= 0]].to(text_NE.dtype)
 
     def export(self, folder: str) -> None:
-        """Write a Hugging Face directory, adapters merged."""
+        """Write a Hugging Face directory, local or on an object store, adapters merged."""
         model = self.model.merge_and_unload() if self.tuning.kind == "lora" else self.model  # type: ignore[operator]
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder)  # type: ignore[operator]
-        self.encoder.tokenizer.save_pretrained(folder)
+        save_model(model, self.encoder.tokenizer, folder)
 
     def _chosen(self, items: Tensor, step: int) -> Tensor:
         """Texts that the global batch reads, or a draw of `items_per_step` of them: ascending, the same on every rank. Never none:

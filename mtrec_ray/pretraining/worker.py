@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, RunConfig
-from mtrec_ray.encoders.loading import EncoderError, check_tokens, load_tokenizer, plain_weights, resolve_model, source
+from mtrec_ray.encoders.loading import EncoderError, check_tokens, load_tokenizer, plain_weights, resolve_model, save_model, source
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.pretraining.blocks import Special
 from mtrec_ray.pretraining.corpus import build_corpus
@@ -172,16 +170,7 @@ def run_worker(
     facts |= {"parameters": sum(p.numel() for p in model.parameters()), "workers": distributed.world_size(),
               "started_from": start_of(config), "fresh": settings.fresh}  # fmt: skip
     if distributed.rank() == 0:
-        _save(model, tokenizer, storage.join(out, "model"))
-    return facts
-
-
-def _save(model: Any, tokenizer: Any, folder: str) -> None:
-    """A Hugging Face directory, local or on an object store."""
-    with tempfile.TemporaryDirectory() as draft:
         if getattr(model.config, "is_decoder", False):
             model.config.is_decoder = False  # as an encoder it reads both sides again
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-        for file in sorted(Path(draft).iterdir()):
-            storage.write_bytes(storage.join(folder, file.name), file.read_bytes())
+        save_model(model, tokenizer, storage.join(out, "model"))
+    return facts

@@ -94,10 +94,7 @@ def export_encoder(config: RunConfig, fitted: Fitted, folder: str) -> None:
     assert config.encoder is not None and fitted.encoder_state is not None
     tuned = TunedTexts(config.encoder, [], config.seed)
     tuned.load_state_dict(fitted.encoder_state)
-    with tempfile.TemporaryDirectory() as draft:
-        tuned.export(draft)
-        for file in sorted(Path(draft).iterdir()):
-            storage.write_bytes(storage.join(folder, file.name), file.read_bytes())
+    tuned.export(folder)
 
 
 def training_fingerprint(config: RunConfig, data: storage.Directory, text: storage.Directory | None) -> str:
