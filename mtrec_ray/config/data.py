@@ -176,9 +176,11 @@ class DataConfig(Model):
     holdout: tuple[float, float] = (0.1, 0.1)
     """`user_holdout` and `item_holdout`: shares of users or items, by hash, for valid and for test."""
     folds: Int = Field(default=10, ge=3)
-    """`random`: number of folds of events, by hash. One is test, the next one valid."""
+    """`random`: number of folds of events, by hash. One is test, the next one valid. `user_holdout` and `item_holdout`: into how
+    many steps their circle of hashes is divided."""
     fold: Int = Field(default=0, ge=0)
-    """`random`: the test fold, counted from 0."""
+    """`random`: the test fold, counted from 0. `user_holdout` and `item_holdout`: other users or items are held out; with a
+    share for test of 1 / folds, no two folds test the same ones."""
     window: Int = Field(default=100, ge=2, le=4096)
     """L, the history positions of a window, the start token included."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

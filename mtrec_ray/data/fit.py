@@ -70,9 +70,9 @@ def split_events(data: DataConfig, events: windows.Events, cuts: tuple[int, int]
         case "leave_one_out":
             return windows.split_leave_one_out(events)
         case "user_holdout":
-            return windows.split_by_user(events, *data.holdout)
+            return windows.split_by_user(events, *data.holdout, data.fold / data.folds)
         case "item_holdout":
-            return windows.split_by_item(events, *data.holdout)
+            return windows.split_by_item(events, *data.holdout, data.fold / data.folds)
         case "random":
             return windows.split_at_random(events, data.folds, data.fold)
 

@@ -85,19 +85,21 @@ def share_of(ids: pa.Array, key: str) -> NDArray[np.float64]:
     return np.asarray((hashed >> np.uint64(11)).astype(np.float64) / 2**53)
 
 
-def _split_by_share(share: NDArray[np.float64], valid: float, test: float) -> NDArray[np.int8]:
+def _split_by_share(share: NDArray[np.float64], valid: float, test: float, turn: float) -> NDArray[np.int8]:
+    """The circle of hashes, turned by a share of it: its beginning is test, then comes valid."""
+    share = (share - turn) % 1.0
     return np.where(share < test, TEST, np.where(share < test + valid, VALID, TRAIN)).astype(np.int8)
 
 
-def split_by_user(events: Events, valid: float, test: float) -> NDArray[np.int8]:
-    """All events of a user belong to one split, by the hash of the user's id."""
-    return _split_by_share(share_of(events.user_ids, "user_holdout"), valid, test)[events.user]
+def split_by_user(events: Events, valid: float, test: float, turn: float = 0.0) -> NDArray[np.int8]:
+    """All events of a user belong to one split, by the hash of the user's id. `turn`: another fold, see _split_by_share."""
+    return _split_by_share(share_of(events.user_ids, "user_holdout"), valid, test, turn)[events.user]
 
 
-def split_by_item(events: Events, valid: float, test: float) -> NDArray[np.int8]:
-    """All events of an item belong to one split, by the hash of the item's id."""
+def split_by_item(events: Events, valid: float, test: float, turn: float = 0.0) -> NDArray[np.int8]:
+    """All events of an item belong to one split, by the hash of the item's id. `turn`: another fold, see _split_by_share."""
     encoded = events.item_ids.dictionary_encode()
-    return _split_by_share(share_of(encoded.dictionary, "item_holdout"), valid, test)[encoded.indices.to_numpy()]
+    return _split_by_share(share_of(encoded.dictionary, "item_holdout"), valid, test, turn)[encoded.indices.to_numpy()]
 
 
 def split_at_random(events: Events, folds: int, fold: int) -> NDArray[np.int8]:
