@@ -41,8 +41,8 @@ from benchmarks.report import finish
 from jobs.fetch import fetch_completejourney, fetch_ml100k
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, load_config, parse_config
-from mtrec_ray.encoders.bulk import encoder_identity
 from mtrec_ray.encoders.int8 import size_bytes
+from mtrec_ray.encoders.loading import encoder_identity
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.item_features import codes, multi_hot
 from mtrec_ray.multitask.cells import Bench, Cell, run_cell
@@ -86,7 +86,7 @@ VARIANTS: dict[str, Variant] = {
     "contrastive": Variant(learnt={"objective": "contrastive", "epochs": 1, "pairs": 4000, "batch_blocks": 128}),
     "distilled": Variant(learnt={"objective": "distil", "texts": ["items"], "epochs": 15, "learning_rate": 2e-4}),
     "gpt": Variant({"model": SMOLLM2}),
-    "pretrained": Variant(learnt={"objective": "mlm", "epochs": 1, "max_users": 150, "batch_blocks": 16}),
+    "pretrained": Variant(learnt={"objective": "mlm", "epochs": 1, "batch_blocks": 16}),
     "lora": Variant({"tuning": {"kind": "lora", "learning_rate": 1e-3, "items_per_step": 8}}),
     "full": Variant({"tuning": {"kind": "full", "learning_rate": 5e-5, "items_per_step": 8}}),
 }
@@ -110,6 +110,8 @@ DATA: dict[str, dict[str, Any]] = {
         "template": "{product_type}, {product_category}, {department}",
     },
 }  # fmt: skip
+MLM_USERS = {"ml100k": 150, "completejourney": 30}
+"""Histories of so many users are read for masked language modelling; a household's is long."""
 HOUSEHOLDS, BOUGHT = 200, 5
 """Of The Complete Journey: so many households, drawn by a seed, and the products that they bought so many times."""
 
@@ -227,7 +229,8 @@ def make_text(name: str, data: str, protocol: str, seed: int, data_root: str) ->
     settings = raw["encoder"] | {k: v for k, v in variant.encoder.items() if k != "tuning"}
     prefix = storage.Directory(data_root).prefix
     if variant.learnt is not None:
-        config = parse_config(raw | {"encoder": settings, "pretrain": dict(variant.learnt)})
+        learnt = dict(variant.learnt) | ({"max_users": MLM_USERS[data]} if variant.learnt["objective"] == "mlm" else {})
+        config = parse_config(raw | {"encoder": settings, "pretrain": learnt})
         cost["facts"] = pretraining.run_worker(config, prefix, out + "_model", lambda *_: None)
         settings = settings | {"model": out + "_model/model"}
     cost["learning_seconds"] = time.perf_counter() - started

@@ -98,8 +98,9 @@ def load(uri: str, verify: bool = True) -> Predictor:
     config = RunConfig.model_validate_json(read("config.json"))
     schema = LogSchema.model_validate_json(read("schema.json"))
     catalogue = storage.read_table(storage.join(prefix, "catalogue.parquet"))
-    width = json.loads(read("text_encoder.json"))["width"]
+    text = json.loads(read("text_encoder.json"))
+    width = text["width"]
     model = Recommender(config, schema, torch.zeros(0, width) if width else None)
     model.load_state_dict(load_tensors(read("weights.safetensors")))
     item_vec_ND = load_tensors(read("items.safetensors"))["item_vec_ND"]
-    return Predictor(config, schema, catalogue, model, item_vec_ND, stated["fingerprint"])
+    return Predictor(config, schema, catalogue, model, item_vec_ND, stated["fingerprint"], text["encoder"])

@@ -24,6 +24,7 @@ from mtrec_ray.features import (
     KeptSpec,
     MultihotSpec,
     NumericalSpec,
+    TextSpec,
     dense,
     signed_log,
 )  # fmt: skip
@@ -43,7 +44,7 @@ def count(feature: FeatureConfig, values: pa.Array, row: NDArray[np.int64]) -> p
 
     Raises FeatureError where a vocabulary has too many values.
     """
-    if feature.kind == "kept":
+    if feature.kind in ("kept", "text"):
         return _SAMPLE.empty_table()
     if isinstance(feature, NumericalFeature):
         there = values.is_valid()
@@ -74,6 +75,8 @@ def fit(name: str, feature: FeatureConfig, found: pa.Table) -> FeatureSpec:
     """found: from `merge` (or `count`) over all training events. Raises FeatureError for an `at_inference` that training lacks."""
     if feature.kind == "kept":
         return KeptSpec(name=name)
+    if feature.kind == "text":
+        return TextSpec(name=name)
     common = {"name": name, "use": feature.use, "at_inference": feature.at_inference}
     if isinstance(feature, NumericalFeature):
         return _fit_numbers(NumericalSpec(**common, transform=feature.transform), feature.bins, found["value"].to_numpy())

@@ -86,6 +86,12 @@ class Run:
         self._need(self.text, "encode")
         return self.text
 
+    def _text_prefix(self) -> str | None:
+        """Where the vectors of the events' texts are; None for a model that reads none."""
+        texts = any(feature.kind == "text" for feature in self.config.data.context.values())
+        text = self._text() if texts else None
+        return None if text is None else text.prefix
+
     def _train(self) -> bool:
         self._need(self.data, "prepare")
         text = self._text()
@@ -138,7 +144,7 @@ class Run:
         if self.bundle.is_published(inputs) and self.evaluation.is_published(inputs):
             return False
         fingerprint = storage.read_json(storage.join(prefix, "fingerprint.json"))["fingerprint"]
-        found = evaluate(self.config, self.data, prefix)
+        found = evaluate(self.config, self.data, prefix, self._text_prefix())
         storage.write_json(storage.join(prefix, "metrics.json"), found.metrics)
         self.bundle.publish(inputs, kind="bundle", fingerprint=fingerprint, data=self.data.manifest["inputs"])
         kept = self.evaluation.begin(inputs)
@@ -158,7 +164,7 @@ class Run:
     def _score(self) -> bool:
         self._need(self.bundle, "evaluate")
         before = self._score_identity()
-        score(self.config, self.data, self.bundle.root, self.path("scores"))
+        score(self.config, self.data, self.bundle.root, self.path("scores"), self._text_prefix())
         return before != self._score_identity()
 
     def _score_identity(self) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from mtrec_ray import item_features
 from mtrec_ray.config import RunConfig
-from mtrec_ray.features import dense
+from mtrec_ray.encoders.event_texts import TextMemory
+from mtrec_ray.features import InputSpec, TextSpec, dense
 from mtrec_ray.models.batch import HistoryBatch, collate_history, feature_tensor
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, mask_items, top_k
@@ -129,8 +131,10 @@ class Predictor:
         model: Recommender,
         item_vec_ND: Tensor,
         fingerprint: str,
+        text_encoder: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self.schema, self.fingerprint = config, schema, fingerprint
+        """text_encoder: which TextEncoder made the text vectors, to be sure that texts of events are read by it too."""
+        self.config, self.schema, self.fingerprint, self.text_encoder = config, schema, fingerprint, text_encoder
         self.model = model.eval()
         self.device = next(model.parameters()).device
         model.read_catalogue(catalogue)
@@ -198,10 +202,34 @@ class Predictor:
             np.concatenate(times) if times else np.zeros(0, np.int64),
             np.array(lengths, dtype=np.int64),
             {n: np.concatenate(v) if v else np.zeros(0, np.float32) for n, v in actions.items()},
-            {spec.name: dense(spec.encode(context[spec.name])) for spec in features},
+            {spec.name: self._encoded(spec, context[spec.name]) for spec in features},
             self.schema.session_gap_ms,
         )
         return EncodedHistories.of(batch, visible, degraded, self.schema.exclude_seen)
+
+    def _encoded(self, spec: InputSpec, values: list[Any]) -> NDArray[Any]:
+        """A feature of past events as the model reads it; texts are their vectors. Raises FeatureError."""
+        if isinstance(spec, TextSpec):
+            return self.event_texts(spec.column(values))
+        return dense(spec.encode(values))
+
+    @cached_property
+    def event_texts(self) -> TextMemory:
+        """Vectors of the texts in histories. The TextEncoder is loaded when this is first asked for. Raises EncoderError."""
+        from mtrec_ray.encoders.loading import EncoderError, encoder_identity
+        from mtrec_ray.encoders.text import TextEncoder
+
+        assert self.config.encoder is not None  # a configuration with texts has one
+        here, there = (
+            {k: v for k, v in (e or {}).items() if k != "model"} for e in (encoder_identity(self.config.encoder), self.text_encoder)
+        )
+        if there and here != there:  # it may lie elsewhere
+            raise EncoderError(
+                f"encoder.model {self.config.encoder.model!r}: its files here are not those that the bundle was trained with, and "
+                "texts of events would be misread; put the bundle's encoder in its place, or train again"
+            )
+        encoder = TextEncoder(self.config.encoder.model_copy(update={"compile": False, "use_gpu": False}))
+        return TextMemory(encoder.encode, encoder.width)
 
     def encode_context(self, contexts: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Request contexts -> encoded features, one entry per request. Raises FeatureError."""

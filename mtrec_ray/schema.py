@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from mtrec_ray.features import CategoricalSpec, FeatureSpec, InputSpec, KeptSpec, MultihotSpec
+from mtrec_ray.features import CategoricalSpec, FeatureSpec, InputSpec, KeptSpec, MultihotSpec, RequestSpec, TextSpec
 
 Protocol = Literal["time", "leave_one_out", "user_holdout", "item_holdout", "random"]
 """How a log is divided into train, valid and test (docs/evaluation.md)."""
@@ -77,9 +77,14 @@ class LogSchema(_Model):
         return tuple(c for c in self.context if not isinstance(c, KeptSpec) and c.in_history)
 
     @property
-    def request_features(self) -> tuple[InputSpec, ...]:
+    def event_texts(self) -> tuple[str, ...]:
+        """Names of the features that are free texts."""
+        return tuple(c.name for c in self.context if isinstance(c, TextSpec))
+
+    @property
+    def request_features(self) -> tuple[RequestSpec, ...]:
         """Features of the event to predict."""
-        return tuple(c for c in self.context if not isinstance(c, KeptSpec) and c.in_request)
+        return tuple(c for c in self.context if not isinstance(c, KeptSpec | TextSpec) and c.in_request)
 
     @property
     def session_gap_ms(self) -> float | None:

@@ -14,9 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mtrec_ray import bundle, runtime, storage
-from mtrec_ray.config import RunConfig, TableConfig, parse_config
+from mtrec_ray.config import EncoderConfig, RunConfig, TableConfig, parse_config
 from mtrec_ray.data import sources
 from mtrec_ray.data.prepare import prepare
+from mtrec_ray.encoders import bulk
+from mtrec_ray.encoders.cache import load_text_vectors
+from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.training.worker import build_model, load_schema, run_worker
@@ -98,9 +101,10 @@ def raw_config(folder: Path) -> dict[str, Any]:
 
 
 def write_features(folder: Path, files: int = 2) -> None:
-    """features/*.parquet: the log of `write_log` with position (whole numbers), price and propensity (numbers), tags (lists).
+    """features/*.parquet: the log of `write_log` with position (whole numbers), price and propensity (numbers), tags (lists) and
+    review (text).
 
-    Rows keep their order. A price is missing in every seventh row, tags in every fifth.
+    Rows keep their order. A price is missing in every seventh row, tags in every fifth, a review where nothing was clicked.
     """
     log = pd.concat([pd.read_csv(p) for p in sorted((folder / "log").glob("*.csv"))], ignore_index=True)
     number = log["item"].str.extract(r"(\d+)")[0].astype(int)
@@ -109,6 +113,10 @@ def write_features(folder: Path, files: int = 2) -> None:
     log["price"] = np.where(place % 7 == 0, np.nan, (1.5 + number) * np.where(place % 3 == 0, 0.5, 1.0))
     log["propensity"] = 1 / log["position"]
     log["tags"] = [None if i % 5 == 0 else ["even" if n % 2 == 0 else "odd", f"t{n % 3}", f"rare{n}"] for i, n in enumerate(number)]
+    clicked = log["click"] == 1
+    log["review"] = [
+        f"Thing {n} even" if c and i % 4 else ("  " if c else None) for i, (n, c) in enumerate(zip(number, clicked, strict=True))
+    ]
     (folder / "features").mkdir(exist_ok=True)
     for part, rows in enumerate(np.array_split(place, files)):
         pq.write_table(pa.Table.from_pandas(log.iloc[rows], preserve_index=False), folder / "features" / f"part{part}.parquet")
@@ -158,20 +166,47 @@ def prepare_locally(config: RunConfig, root: str | Path) -> storage.Directory:
         return prepare(config, str(root))
 
 
-def train_locally(config: RunConfig, data: storage.Directory) -> Recommender:
-    """The loop in this process, without text -> the best model."""
-    fitted = run_worker(config, data.prefix, None, lambda *_: None)
-    model = build_model(config, load_schema(data.prefix), None)
+def with_reviews(folder: Path) -> Callable[[dict[str, Any]], None]:
+    """A free text in every event of a history, and the tiny encoder."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["data"]["interactions"] |= {"format": "parquet", "path": str(folder / "features")}
+        raw["data"]["context"] = {"device": {"kind": "categorical"}, "review": {"kind": "text"}}
+        raw["encoder"] = {"model": str(folder / "encoder"), "batch_size": 8}
+
+    return change
+
+
+def encode_locally(config: RunConfig, data: storage.Directory, root: str | Path) -> storage.Directory:
+    """`encode` without a Ray cluster."""
+
+    def shards(encoder: EncoderConfig, folder: str, parts: list[list[str]]) -> None:
+        for number, texts in enumerate(parts):
+            storage.write_bytes(bulk._file(folder, number), bulk._bytes(TextEncoder(encoder).encode(texts)))
+
+    with mock.patch.object(bulk, "_encode_shards", shards):
+        found = bulk.encode(config, data, str(root))
+    assert found is not None
+    return found
+
+
+def train_locally(config: RunConfig, data: storage.Directory, text: storage.Directory | None = None) -> Recommender:
+    """The loop in this process -> the best model."""
+    fitted = run_worker(config, data.prefix, None if text is None else text.prefix, lambda *_: None)
+    catalogue = storage.read_table(data.path("catalogue.parquet"))
+    model = build_model(config, load_schema(data.prefix), None if text is None else load_text_vectors(text.prefix, catalogue))
     model.load_state_dict(fitted.best_state)
     return model.eval()
 
 
-def write_bundle(config: RunConfig, data: storage.Directory, model: Recommender, root: str | Path) -> Predictor:
+def write_bundle(
+    config: RunConfig, data: storage.Directory, model: Recommender, root: str | Path, text: storage.Directory | None = None
+) -> Predictor:
     """Bundle the model, published, and load it again."""
     directory = storage.Directory(root)
     prefix = directory.begin("0" * 64)
     catalogue = storage.read_table(data.path("catalogue.parquet"))
-    fingerprint = bundle.write(prefix, config, load_schema(data.prefix), catalogue, model, None)
+    fingerprint = bundle.write(prefix, config, load_schema(data.prefix), catalogue, model, text and text.manifest["encoder"])
     storage.write_json(storage.join(prefix, "metrics.json"), {})
     directory.publish("0" * 64, kind="bundle", fingerprint=fingerprint)
     return bundle.load(str(root))

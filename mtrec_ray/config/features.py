@@ -76,6 +76,12 @@ class NumericalFeature(_Feature, _Number):
     """The value of every request, whatever it says; the column then is a feature of training alone. Null: as requested."""
 
 
+class TextFeature(Model):
+    """A free text per event, such as a review or a search, that the history shows through the TextEncoder."""
+
+    kind: Literal["text"]
+
+
 class KeptFeature(_Number):
     """A number per event that no model reads, such as the propensity of an impression: kept in the clean log and in the
     windows."""
@@ -93,7 +99,9 @@ def _named(value: Any) -> Any:
     return value
 
 
-FeatureConfig = Annotated[CategoricalFeature | MultihotFeature | NumericalFeature | KeptFeature, Field(discriminator="kind")]
+FeatureConfig = Annotated[
+    CategoricalFeature | MultihotFeature | NumericalFeature | TextFeature | KeptFeature, Field(discriminator="kind")
+]
 Features = Annotated[dict[str, FeatureConfig], BeforeValidator(_named)]
 
 

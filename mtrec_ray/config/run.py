@@ -97,6 +97,15 @@ class RunConfig(Model):
             task.check(key, self.data, self.tasks)
         if self.encoder is not None and self.data.text is None:
             raise ValueError("encoder: data.text is missing, so there is no text to encode")
+        texts = sorted(n for n, feature in self.data.context.items() if feature.kind == "text")
+        if texts and self.encoder is None:
+            raise ValueError(
+                f"data.context: {texts} are texts, and there is no encoder to read them; add encoder, or take them out"
+            )
+        if texts and self.encoder is not None and self.encoder.tuning is not None:
+            raise ValueError(
+                f"encoder.tuning: the texts of events ({texts}) are encoded once, by the encoder as it came; take either away"
+            )
         if self.encoder is not None and self.encoder.use_gpu and self.encoder.precision == "int8":
             raise ValueError("encoder.precision: int8 is for CPUs; with encoder.use_gpu take bf16 or auto")
         if self.encoder is not None and self.encoder.tuning is not None:

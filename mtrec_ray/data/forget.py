@@ -1,8 +1,8 @@
 """Removing a user from what a run has written. No Ray here: one user is in one partition.
 
-Prepared data are published anew without the user (what does not change is linked), top lists lose the user's rows, and
-a hash of the id is kept so that a later preparation of the same log leaves the user out. Weights cannot forget: the
-bundles that were trained with the user are listed, to be trained again.
+Prepared data are published anew without the user (what does not change is linked), top lists lose the user's rows, vectors of
+texts that nobody else wrote go, and a hash of the id is kept so that a later preparation of the same log leaves the user out.
+Weights cannot forget: the bundles that were trained with the user are listed, to be trained again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mtrec_ray import storage
 from mtrec_ray.data import lineage
 from mtrec_ray.data.ids import sorted_dictionary
 from mtrec_ray.data.partition import user_partition
+from mtrec_ray.encoders.event_texts import HASHES, VECTORS, EventTexts, hashes_of_events, write_event_texts
 from mtrec_ray.training.worker import window_cache
 
 _BY_USER = ("events", "rows", "store", "windows/train", "windows/valid", "windows/test")
@@ -60,7 +61,9 @@ def _forget(run: str, directory: storage.Directory, user_ids: Sequence[str], oth
     numbers = {f"part-{n:05d}.parquet" for n in places}
     if not _known(directory, wanted, numbers):  # data and what was trained on them stay as they are
         directory.amend(covered=covered, covers=lineage.covers(covered))
-        return Forgotten()
+        out = Forgotten()
+        _forget_texts(run, directory, out)  # of a user that an earlier call, killed since, took out of the data
+        return out
     inputs = storage.fingerprint([manifest["inputs"], sorted(known)])
     target = directory.begin(inputs)
     targets: dict[str, int] = {}
@@ -88,6 +91,7 @@ def _forget(run: str, directory: storage.Directory, user_ids: Sequence[str], oth
         for split in ("train", "valid"):
             shutil.rmtree(window_cache(storage.join(directory.root, earlier[:16]), split), ignore_errors=True)
     _forget_scores(run, wanted, out)
+    _forget_texts(run, directory, out)
     return out
 
 
@@ -165,6 +169,33 @@ def _forget_scores(run: str, wanted: pa.Array, out: Forgotten) -> None:
         found = storage.read_json(manifest)
         found["counts"]["rows"] -= out.rows["scores"]
         storage.write_json(manifest, found)
+
+
+def _forget_texts(run: str, data: storage.Directory, out: Forgotten) -> None:
+    """Vectors of texts that no event has any more leave the encode stage's."""
+    text = storage.Directory(storage.join(run, "text"))
+    try:
+        old = EventTexts.open(text.prefix)
+    except storage.StorageError:  # nothing is encoded, or by another version
+        return
+    if old is None:
+        return
+    names = [n for n, f in data.manifest["covered"]["data"]["context"].items() if f["kind"] == "text"]
+    keep = np.isin(old.hash_K, hashes_of_events(data, names))
+    if keep.all():
+        return
+    out.rows["text"] = int((~keep).sum())
+    hash_K, vec_KE = old.hash_K[keep], old.vec_KE[keep]
+    manifest, prefix = text.manifest, text.prefix
+    inputs = storage.fingerprint([manifest["inputs"], data.manifest["inputs"]])
+    target = text.begin(inputs)
+    for name in manifest["files"]:
+        if name not in (HASHES, VECTORS):
+            storage.copy(storage.join(prefix, name), storage.join(target, name))
+    write_event_texts(target, hash_K, vec_KE)
+    meta = {k: v for k, v in manifest.items() if k not in ("schema_version", "inputs", "prefix", "files")}
+    text.publish(inputs, **meta | {"event_texts": len(hash_K)})
+    storage.delete(storage.join(text.root, "_shards"))  # of an encoding that was killed
 
 
 def trained_with(runs: Sequence[str], inputs: set[str]) -> list[str]:

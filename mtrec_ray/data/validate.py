@@ -16,7 +16,7 @@ from mtrec_ray.config.long import shown_column
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.data.sources import ROW, id_strings, list_strings
 from mtrec_ray.expressions import Expression
-from mtrec_ray.features import MAX_VALUES, NUMBER, TEXT, TEXTS, clean_lists
+from mtrec_ray.features import MAX_TEXT, MAX_VALUES, NUMBER, TEXT, TEXTS, clean_lists, clean_texts
 from mtrec_ray.privacy import withhold
 
 ROW_BITS = 40
@@ -32,7 +32,7 @@ QUARANTINE = pa.schema(
     [(ROW, pa.int64()), ("file", pa.string()), ("reason", pa.string()), (USER, pa.string()), ("raw", pa.string())]
 )
 
-_FEATURE_TYPES = {"categorical": TEXT, "multihot": TEXTS}
+_FEATURE_TYPES = {"categorical": TEXT, "multihot": TEXTS, "text": TEXT}
 
 
 def needed_columns(data: DataConfig) -> list[str]:
@@ -213,6 +213,10 @@ def _feature(table: pa.Table, name: str, feature: FeatureConfig, mark: _Mark) ->
     """A feature's column in the form of the clean log; a missing number is null."""
     if feature.kind == "categorical":
         return id_strings(table[name])
+    if feature.kind == "text":
+        texts = clean_texts(id_strings(table[name]))
+        mark(pc.greater(pc.utf8_length(texts), MAX_TEXT).fill_null(False).to_numpy(), f"{name} has more than {MAX_TEXT} characters")
+        return texts
     if feature.kind == "multihot":
         lists, broken = list_strings(table[name])
         mark(broken, f"{name} holds bytes that are not UTF-8")

@@ -1,7 +1,8 @@
-"""encode: every distinct item text through the TextEncoder, by Ray Data actors, cached by text and model.
+"""encode: every distinct text of items and of events through the TextEncoder, by Ray Data actors, cached by text and model.
 
 Texts are sorted by length and cut into shards. A finished shard is a file, so a killed job goes on with those that are missing;
-texts that the last published vectors of the same encoder already hold are not encoded again.
+texts that the last published vectors of the same encoder already hold are not encoded again. Texts of events (features of kind
+`text`) are kept as hashes: what a user wrote stands in the prepared data alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, RunConfig
-from mtrec_ray.encoders.loading import resolve_model
+from mtrec_ray.encoders.event_texts import EventTexts, texts_of_events, write_event_texts
+from mtrec_ray.encoders.loading import encoder_identity
 from mtrec_ray.encoders.text import TextEncoder
+from mtrec_ray.features import hash_texts
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +46,9 @@ class _Actor:
         return {"shard": batch["shard"], "count": np.array([len(t) for t in batch["texts"]])}
 
 
-def encoder_identity(config: EncoderConfig) -> dict[str, Any]:
-    """What decides a text's vector: the model's files (or hub name), pooling, length, instruction, precision."""
-    path = resolve_model(config.model)
-    content = storage.file_fingerprint(path) if Path(path).exists() else path
-    settings = config.model_dump(mode="json", include={"model", "pooling", "max_tokens", "instruction", "long_texts", "precision"})
-    return settings | {"content": content}
-
-
 def encode(config: RunConfig, data: storage.Directory, root: str) -> storage.Directory | None:
-    """Vectors of all texts of the catalogue -> published directory with texts.parquet and vectors.npy.
+    """Vectors of all texts of the catalogue -> published directory with texts.parquet and vectors.npy; where events have texts,
+    their hashes and vectors too (event_texts.py).
 
     None without an encoder in the config. Raises EncoderError before any worker starts.
     """
@@ -62,7 +57,11 @@ def encode(config: RunConfig, data: storage.Directory, root: str) -> storage.Dir
     catalogue = storage.read_table(data.path("catalogue.parquet"), ["text"])
     texts = sorted({t for t in catalogue["text"].to_pylist() if t}, key=lambda t: (len(t), t))
     identity = encoder_identity(config.encoder)
-    inputs = storage.fingerprint({"texts": texts, "encoder": identity})
+    parts: dict[str, Any] = {"texts": texts, "encoder": identity}
+    events = _texts_of_events(data, [n for n, feature in config.data.context.items() if feature.kind == "text"])
+    if events is not None:
+        parts["events"] = storage.sha256(np.array(sorted(events), np.int64).tobytes())
+    inputs = storage.fingerprint(parts)
     directory = storage.Directory(root)
     if directory.is_published(inputs):
         log.info("encode: reused %s", directory.root)
@@ -70,20 +69,66 @@ def encode(config: RunConfig, data: storage.Directory, root: str) -> storage.Dir
     width = TextEncoder(config.encoder).width  # what is wrong with the model is said here, before any worker starts
     vectors = np.zeros((len(texts), width), np.float32)
     known = _known(directory, texts, identity, vectors)
-    new = np.flatnonzero(~known)
-    if len(new) < len(texts):
-        log.info("encode: %d of %d texts are known from the vectors before", len(texts) - len(new), len(texts))
     folder = storage.join(directory.root, "_shards", inputs[:16])
-    shards = [new[begin : begin + SHARD] for begin in range(0, len(new), SHARD)]
-    _encode_shards(config.encoder, folder, [[texts[i] for i in places] for places in shards])
-    for number, places in enumerate(shards):
-        vectors[places] = _read(folder, number)
+    facts = {"texts": len(texts), "encoded": _encode_rest(config.encoder, folder, texts, known, vectors)}
+    if events is not None:
+        hash_K = np.array(sorted(events), np.int64)
+        vec_KE = np.zeros((len(hash_K), width), np.float32)
+        known = _known_events(directory, hash_K, identity, vec_KE)
+        said = [events[h] for h in hash_K.tolist()]
+        new = _encode_rest(config.encoder, folder + "_events", said, known, vec_KE)
+        facts |= {"event_texts": len(hash_K), "event_texts_encoded": new}
     prefix = directory.begin(inputs)
     storage.write_bytes(storage.join(prefix, "vectors.npy"), _bytes(vectors))
     storage.write_table(storage.join(prefix, "texts.parquet"), pa.table({"text": pa.array(texts, pa.string())}))
-    directory.publish(inputs, kind="text", encoder=identity, width=width, texts=len(texts), encoded=len(new))
+    if events is not None:
+        write_event_texts(prefix, hash_K, vec_KE)
+    directory.publish(inputs, kind="text", encoder=identity, width=width, **facts)
     storage.delete(storage.join(directory.root, "_shards"))
     return directory
+
+
+def _texts_of_events(data: storage.Directory, names: list[str]) -> dict[int, str] | None:
+    """Hash -> text of all events; None without such features."""
+    if not names:
+        return None
+    found: dict[int, str] = {}
+    for texts in texts_of_events(data, names):
+        found |= zip(hash_texts(texts).tolist(), texts.to_pylist(), strict=True)
+    return found
+
+
+def _encode_rest(
+    config: EncoderConfig, folder: str, texts: list[str], known: NDArray[np.bool_], vectors: NDArray[np.float32]
+) -> int:
+    """Fill in the vectors that are not known -> how many those were."""
+    new = np.flatnonzero(~known)
+    if len(new) < len(texts):
+        log.info("encode: %d of %d texts are known from the vectors before", len(texts) - len(new), len(texts))
+    new = new[np.argsort([len(texts[i]) for i in new], kind="stable")]
+    shards = [new[begin : begin + SHARD] for begin in range(0, len(new), SHARD)]
+    _encode_shards(config, folder, [[texts[i] for i in places] for places in shards])
+    for number, places in enumerate(shards):
+        vectors[places] = _read(folder, number)
+    return len(new)
+
+
+def _known_events(
+    directory: storage.Directory, hash_K: NDArray[np.int64], identity: dict[str, Any], vec_KE: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """As `_known`, for hashes."""
+    nothing = np.zeros(len(hash_K), dtype=bool)
+    try:
+        same = directory.manifest.get("encoder") == identity
+        old = EventTexts.open(directory.prefix) if same else None
+    except storage.StorageError:
+        return nothing
+    if old is None:
+        return nothing
+    place = old.find(hash_K)
+    found: NDArray[np.bool_] = place >= 0
+    vec_KE[found] = old.vec_KE[place[found]]
+    return found
 
 
 def _known(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mtrec_ray import storage
+from mtrec_ray.config import EncoderConfig
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,6 +46,14 @@ def resolve_model(name: str) -> str:
     if not name.endswith(GGUF) and not path.is_dir():
         raise EncoderError(f"encoder.model {name!r}: the package {package} has no directory {inside!r}")
     return str(path)
+
+
+def encoder_identity(config: EncoderConfig) -> dict[str, Any]:
+    """What decides a text's vector: the model's files (or hub name), pooling, length, instruction, precision."""
+    path = resolve_model(config.model)
+    content = storage.file_fingerprint(path) if Path(path).exists() else path
+    settings = config.model_dump(mode="json", include={"model", "pooling", "max_tokens", "instruction", "long_texts", "precision"})
+    return settings | {"content": content}
 
 
 def source(name: str, path: str, key: str = "encoder.model") -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from mtrec_ray import bundle, runtime, storage
 from mtrec_ray.config import RunConfig
+from mtrec_ray.encoders.event_texts import EventTexts
 from mtrec_ray.evaluation.baselines import RANKERS, Fitted, fit_rankers
 from mtrec_ray.evaluation.evaluate import (
     MODEL,
@@ -39,14 +40,15 @@ log = logging.getLogger(__name__)
 class _Actor:
     """One predictor per actor; a row is a part of the split, which holds whole users."""
 
-    def __init__(self, bundle_prefix: str, baselines: Any, resampler: Resampler) -> None:
+    def __init__(self, bundle_prefix: str, baselines: Any, resampler: Resampler, text_prefix: str | None) -> None:
         torch.set_num_threads(1)
+        self.texts = _event_texts(text_prefix)
         self.predictor = bundle.load(bundle_prefix, verify=False)
         self.systems: dict[str, System] = {MODEL: Model(self.predictor), **ray.get(baselines[0])}
         self.resampler = resampler
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        cache = WindowCache.from_table(storage.read_table(row["part"]))
+        cache = WindowCache.from_table(storage.read_table(row["part"]), self.texts)
         known = set(storage.read_table(row["train"], ["user_id"])["user_id"].to_pylist()) if row["train"] else set()
         folds = self.predictor.config.evaluation.profile_folds_test
         try:
@@ -63,11 +65,13 @@ def measure_split(
     baselines: dict[str, System],
     resampler: Resampler,
     blocks: int | None = None,
+    text_prefix: str | None = None,
 ) -> Reduced:
     """Statistics of a whole split, measured by Ray Data actors part by part and merged in the order of the parts, so
     that the number of blocks in flight changes no digit.
 
-    blocks: actors at work (default: as many as parts and CPUs allow). Raises EvaluationError when a system's scores are
+    blocks: actors at work (default: as many as parts and CPUs allow). text_prefix: of the encode stage, where the model reads
+    texts of events. Raises EvaluationError when a system's scores are
     no numbers.
     """
     parts = storage.list_files(data.path("windows", split), ".parquet")
@@ -79,7 +83,7 @@ def measure_split(
     kept = ray.put(baselines)
     dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(parts))).map(
         _Actor,
-        fn_constructor_args=(bundle_prefix, [kept], resampler),
+        fn_constructor_args=(bundle_prefix, [kept], resampler, text_prefix),
         compute=ray.data.ActorPoolStrategy(min_size=blocks or 1, max_size=blocks or _room(len(parts))),
     )
     found = runtime.collect(dataset, f"evaluate: {split}, parts", len(parts))
@@ -87,6 +91,10 @@ def measure_split(
     if broken:
         raise EvaluationError("; ".join(broken))
     return merge_reduced([pickle.loads(r["found"]) for r in sorted(found, key=lambda r: str(r["part"]))])
+
+
+def _event_texts(text_prefix: str | None) -> EventTexts | None:
+    return None if text_prefix is None else EventTexts.open(text_prefix)
 
 
 def _room(parts: int) -> int:
@@ -108,25 +116,29 @@ class Evaluation:
     """npz: `system|task|confusion` and `system|task|calibration` of the data as they are."""
 
 
-def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str) -> Evaluation:
+def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str, text_prefix: str | None = None) -> Evaluation:
     """Test metrics of model and baselines with intervals, slices and the paired comparison.
 
+    text_prefix: of the encode stage, where the model reads texts of events.
     Raises EvaluationError when the split has no test targets, BrokenScoresError when the model's numbers are none.
     """
     predictor = bundle.load(bundle_prefix)
     tests = storage.list_files(data.path("windows", "test"), ".parquet")
     if not any(len(storage.read_table(p, ["window"])) for p in tests):
         raise EvaluationError(f"protocol {config.data.protocol} leaves no test targets; nothing can be evaluated")
-    baselines, skipped = _fit(config, data, predictor)
+    baselines, skipped = _fit(config, data, predictor, _event_texts(text_prefix))
     resampler = Resampler(config.evaluation.bootstrap, config.evaluation.seed)
-    reduced = measure_split(data, bundle_prefix, "test", {n: f.system for n, f in baselines.items()}, resampler)
+    found = {n: f.system for n, f in baselines.items()}
+    reduced = measure_split(data, bundle_prefix, "test", found, resampler, text_prefix=text_prefix)
     systems = {MODEL: Model(predictor), **{n: f.system for n, f in baselines.items()}}
     reduced = merge_reduced([reduced, evaluate_items(systems, predictor, resampler, config.evaluation.profile_folds_test)])
     return report_numbers(config, data, predictor, reduced, baselines, skipped, resampler)
 
 
-def _fit(config: RunConfig, data: storage.Directory, predictor: Predictor) -> tuple[dict[str, Fitted], dict[str, str]]:
-    train, valid = (WindowCache.from_table(storage.read_table(data.path("windows", s))) for s in ("train", "valid"))
+def _fit(
+    config: RunConfig, data: storage.Directory, predictor: Predictor, texts: EventTexts | None
+) -> tuple[dict[str, Fitted], dict[str, str]]:
+    train, valid = (WindowCache.from_table(storage.read_table(data.path("windows", s)), texts) for s in ("train", "valid"))
     table = storage.read_table(data.path("catalogue.parquet"), ["count", "recent_count"])
     catalogue = {c: table[c].to_numpy().astype(np.float64) for c in table.column_names}
 

@@ -40,7 +40,7 @@ class Recommender(nn.Module):
         self.register_buffer("text_NE", text_NE, persistent=False)
         self.register_module("tuned", None)
         self.item_tower = ItemTower(config.model, schema.n_train_items, text_width, config.seed)
-        self.tokens = EventTokens(config.model, schema)
+        self.tokens = EventTokens(config.model, schema, text_width)
         self.trunk = build_trunk(config.model, schema.window)
         context_width = 8
         tasks = {n: build_task(n, t, schema, config.model) for n, t in config.tasks.items()}

@@ -42,12 +42,13 @@ class ActionEmbedding(nn.Module):
 class EventTokens(nn.Module):
     """item vector + actions + time gap + place in the session + features -> token_BSD."""
 
-    def __init__(self, config: ModelConfig, schema: LogSchema) -> None:
+    def __init__(self, config: ModelConfig, schema: LogSchema, text_width: int = 0) -> None:
+        """text_width: of the TextEncoder's vectors, where events have texts."""
         super().__init__()
         self.actions = nn.ModuleDict({a.name: ActionEmbedding(a, config.width) for a in schema.actions})
         self.gap = nn.Embedding(GAP_BUCKETS, config.width)
         nn.init.normal_(self.gap.weight, std=0.02)
-        self.context = nn.ModuleDict({c.name: FeatureEmbedding(c, config.width, 0.02) for c in schema.history_features})
+        self.context = nn.ModuleDict({c.name: FeatureEmbedding(c, config.width, 0.02, text_width) for c in schema.history_features})
         self.session = None if schema.session_gap_minutes is None else nn.Embedding(SESSION_BUCKETS, config.width)
         if self.session is not None:
             nn.init.normal_(self.session.weight, std=0.02)

@@ -23,6 +23,7 @@ import torch
 from mtrec_ray import storage
 from mtrec_ray.config import GAIN, RunConfig, parse_config
 from mtrec_ray.encoders.cache import load_text_vectors
+from mtrec_ray.encoders.event_texts import EventTexts
 from mtrec_ray.evaluation.evaluate import MODEL, USERS_AT_ONCE, evaluate_items, user_blocks
 from mtrec_ray.evaluation.measure import Model, measure
 from mtrec_ray.evaluation.reduce import WHOLE, Reducer, Summary, points_of, summarise, whole
@@ -201,7 +202,9 @@ def _run(bench: Bench, cell: Cell) -> dict[str, Any]:
     for epoch, scalars in enumerate(reported):
         values = {t: scalars[f"valid/{t}/{n}"] for t, n in metrics.items() if f"valid/{t}/{n}" in scalars}
         history.append({"epoch": epoch, "values": values, "mean_gain": mean_gain(values, cell.reference, metrics)})
-    test = judge(_predictor(bench, config, fitted), mapped_windows(prefix, "test"), config.evaluation.profile_folds_test)
+    texts = None if bench.text is None else EventTexts.open(storage.Directory(bench.text).prefix)
+    windows = mapped_windows(prefix, "test", texts)
+    test = judge(_predictor(bench, config, fitted), windows, config.evaluation.profile_folds_test)
     best = history[fitted.best_epoch]
     return {
         "fingerprint": bench.fingerprint(cell),

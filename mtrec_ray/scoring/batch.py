@@ -12,6 +12,7 @@ import torch
 
 from mtrec_ray import bundle, runtime, storage
 from mtrec_ray.config import RunConfig
+from mtrec_ray.encoders.event_texts import EventTexts
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.retrieval.exact import NONE
 from mtrec_ray.serving.history import histories_from_table
@@ -49,9 +50,11 @@ def score_table(predictor: Predictor, store: pa.Table, k: int, batch_users: int)
 class _Actor:
     """One predictor per actor; a row is one part of the store and becomes one shard."""
 
-    def __init__(self, bundle_uri: str, out: str, k: int, batch_users: int) -> None:
+    def __init__(self, bundle_uri: str, out: str, k: int, batch_users: int, text_prefix: str | None) -> None:
         torch.set_num_threads(1)
         self.predictor, self.out, self.k, self.batch_users = bundle.load(bundle_uri, verify=False), out, k, batch_users
+        if text_prefix is not None:
+            self.predictor.event_texts.known = EventTexts.open(text_prefix)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         store = storage.read_table(row["part"])
@@ -60,8 +63,12 @@ class _Actor:
         return {"users": len(store), "rows": len(table), "fallbacks": fallbacks}
 
 
-def score(config: RunConfig, data: storage.Directory, bundle_root: str, root: str) -> dict[str, Any]:
+def score(
+    config: RunConfig, data: storage.Directory, bundle_root: str, root: str, text_prefix: str | None = None
+) -> dict[str, Any]:
     """Write ROOT/part-*.parquet for every user of the store -> {"users", "rows", "fallbacks", "bundle"}.
+
+    text_prefix: of the encode stage, so that the texts of histories are not encoded again.
 
     Shards are written below ROOT/_draft and moved when all are there; ROOT/_manifest.json comes last, and is
     taken away before the first old shard goes.
@@ -80,7 +87,7 @@ def score(config: RunConfig, data: storage.Directory, bundle_root: str, root: st
     parts = storage.list_files(data.path("store"), ".parquet")
     dataset = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=len(parts)).map(
         _Actor,
-        fn_constructor_args=(bundle_root, draft, config.scoring.k, config.scoring.batch_users),
+        fn_constructor_args=(bundle_root, draft, config.scoring.k, config.scoring.batch_users, text_prefix),
         compute=ray.data.ActorPoolStrategy(size=config.scoring.workers),
     )
     done = runtime.collect(dataset, "score: parts", len(parts))

@@ -84,7 +84,12 @@ class _Stage:
 
 @serve.deployment(name="StateEncoder")
 class StateEncoder(_Stage):
-    """histories → user states."""
+    """histories → user states. Where events have texts it holds the TextEncoder."""
+
+    def __init__(self, bundle_uri: str, threads: int = 1) -> None:
+        super().__init__(bundle_uri, threads)
+        if self.predictor.schema.event_texts:
+            _ = self.predictor.event_texts  # an encoder that is not here is said now, and not to the first caller
 
     async def encode(self, stamp: Stamp, history: History) -> EncodedState:
         """State, seen positions and degradations of one history."""

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from mtrec_ray import storage
-from mtrec_ray.features import padded
+from mtrec_ray.encoders.event_texts import EventTexts
+from mtrec_ray.features import InputSpec, padded
 from mtrec_ray.hashing import GOLDEN, mix
 from mtrec_ray.models.batch import Batch, TargetBatch, collate_history, feature_tensor
 from mtrec_ray.schema import LogSchema
@@ -34,14 +35,21 @@ class WindowCache:
     """Windows as flat arrays: `columns[name]` and, for lists, `offsets["history" | "target" | "seen"]`; lists within lists
     (multi-hot features) have `offsets[name]` of their own, one range per entry."""
 
-    def __init__(self, columns: dict[str, NDArray[Any]], offsets: dict[str, NDArray[np.int64]], user_ids: pa.Array) -> None:
-        self.columns, self.offsets, self.user_ids = columns, offsets, user_ids
+    def __init__(
+        self,
+        columns: dict[str, NDArray[Any]],
+        offsets: dict[str, NDArray[np.int64]],
+        user_ids: pa.Array,
+        texts: EventTexts | None = None,
+    ) -> None:
+        """texts: vectors of the events' free texts, where there are such features."""
+        self.columns, self.offsets, self.user_ids, self.texts = columns, offsets, user_ids, texts
 
     def __len__(self) -> int:
         return len(self.columns["window"])
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> WindowCache:
+    def from_table(cls, table: pa.Table, texts: EventTexts | None = None) -> WindowCache:
         """In memory, from the Parquet form (evaluation, tests)."""
         columns: dict[str, NDArray[Any]] = {}
         offsets: dict[str, NDArray[np.int64]] = {}
@@ -60,7 +68,7 @@ class WindowCache:
                 offsets[_RAGGED[name.split("_", 1)[0]]] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             else:
                 columns[name] = column.to_numpy(zero_copy_only=False)
-        return cls(columns, offsets, table["user_id"].combine_chunks())
+        return cls(columns, offsets, table["user_id"].combine_chunks(), texts)
 
     @classmethod
     def build(cls, windows_uri: str, folder: str | Path) -> Path:
@@ -108,7 +116,7 @@ class WindowCache:
                 writer.write_table(table)
 
     @classmethod
-    def open(cls, folder: str | Path) -> WindowCache:
+    def open(cls, folder: str | Path, texts: EventTexts | None = None) -> WindowCache:
         """Memory-map a folder made by `build`."""
         folder = Path(folder)
         kinds = storage.read_json(folder / "dtypes.json")
@@ -123,7 +131,7 @@ class WindowCache:
                 columns[name] = values
         with pa.memory_map(str(folder / "user_id.arrow")) as source:
             user_ids = pa.ipc.open_file(source).read_all()["user_id"].combine_chunks()
-        return cls(columns, offsets, user_ids)
+        return cls(columns, offsets, user_ids, texts)
 
     @cached_property
     def first_of_user(self) -> NDArray[np.int64]:
@@ -142,11 +150,14 @@ class WindowCache:
         begin = np.concatenate([[0], np.cumsum(length)])[:-1]
         return np.arange(length.sum()) + np.repeat(start - begin, length), length
 
-    def feature(self, name: str, index: NDArray[np.int64]) -> NDArray[Any]:
-        """Encoded values of a feature's column at flat positions; rows where it is multi-hot."""
+    def feature(self, name: str, spec: InputSpec, index: NDArray[np.int64]) -> NDArray[Any]:
+        """Encoded values of a feature's column at flat positions; rows where it is multi-hot, vectors where it is a text."""
         if name in self.offsets:
             flat, length = self.gather(name, index)
             return padded(self.columns[name][flat], length)
+        if spec.kind == "text":
+            assert self.texts is not None, "windows with texts are opened with their vectors"
+            return self.texts(self.columns[name][index])
         return self.columns[name][index]
 
     def describe(self, index: NDArray[np.int64], schema: LogSchema) -> list[str]:
@@ -218,7 +229,7 @@ def collate(
         columns["history_time"][h],
         h_length,
         {a.name: columns[f"history_action_{a.name}"][h] for a in schema.actions},
-        {c.name: cache.feature(f"history_context_{c.name}", h) for c in schema.history_features},
+        {c.name: cache.feature(f"history_context_{c.name}", c, h) for c in schema.history_features},
         schema.session_gap_ms,
     )
     targets = TargetBatch(
@@ -227,7 +238,7 @@ def collate(
         item_M=tensor(columns["target_item"][t], np.int64),
         positive_M=tensor(columns["target_positive"][t], bool),
         labels_M={n: tensor(columns[f"label_{n}"][t], np.float32) for n in schema.labels},
-        context_M={c.name: feature_tensor(cache.feature(f"target_context_{c.name}", t)) for c in schema.request_features},
+        context_M={c.name: feature_tensor(cache.feature(f"target_context_{c.name}", c, t)) for c in schema.request_features},
     )
     masked = np.isin(columns["fold"][index], masked_folds)
     profile = {}

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mtrec_ray import storage
+from mtrec_ray.encoders.event_texts import EventTexts
 from mtrec_ray.models.batch import Batch
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.training import distributed
@@ -74,9 +75,11 @@ class StreamFeed:
         masked_folds: tuple[int, ...],
         pairs: PairSampler | None,
         buffer: int,
+        texts: EventTexts | None = None,
     ) -> None:
         """windows: of all ranks; empty: a table of the windows' form without rows; buffer: windows to shuffle together."""
-        self.tables, self.windows, self.empty, self.schema = tables, windows, WindowCache.from_table(empty), schema
+        self.tables, self.windows, self.empty, self.schema = tables, windows, WindowCache.from_table(empty, texts), schema
+        self.texts = texts
         self.batch_windows, self.accumulate, self.seed = batch_windows, accumulate, seed
         self.rank, self.world = rank, world
         self.masked_folds, self.pairs, self.buffer = masked_folds, pairs, buffer
@@ -127,7 +130,7 @@ class StreamFeed:
             chunk = pa.concat_tables(held)
             order = rng.permutation(len(chunk))
             full = len(chunk) if table is None else len(chunk) // size * size
-            cache = WindowCache.from_table(chunk)
+            cache = WindowCache.from_table(chunk, self.texts)
             for start in range(0, full, size):
                 yield cache, order[start : min(start + size, full)]
             held = [chunk.take(np.sort(order[full:]))] if full < len(chunk) else []

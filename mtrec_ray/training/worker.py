@@ -20,6 +20,7 @@ from mtrec_ray.balancing import build_balancer
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.encoders.cache import load_text_vectors
+from mtrec_ray.encoders.event_texts import EventTexts
 from mtrec_ray.encoders.tuning import TunedTexts, check_texts, check_tuning
 from mtrec_ray.evaluation.evaluate import quick_metrics, quick_statistics
 from mtrec_ray.evaluation.statistics import Statistics
@@ -44,10 +45,10 @@ def window_cache(data_prefix: str, split: str) -> Path:
     return Path(tempfile.gettempdir()) / f"mtrec_ray-{os.getuid()}" / key
 
 
-def mapped_windows(data_prefix: str, split: str) -> WindowCache:
-    """The windows of a split, memory-mapped on this machine."""
+def mapped_windows(data_prefix: str, split: str, texts: EventTexts | None = None) -> WindowCache:
+    """The windows of a split, memory-mapped on this machine. texts: vectors of the events' texts, where the model reads them."""
     folder = WindowCache.build(storage.join(data_prefix, "windows", split), window_cache(data_prefix, split))
-    return WindowCache.open(folder)
+    return WindowCache.open(folder, texts)
 
 
 def check_machine(config: RunConfig) -> None:
@@ -126,9 +127,11 @@ def build_feed(config: RunConfig, schema: LogSchema, cache: WindowCache, rank: i
     return CachedFeed(cache, schema, **_feed_settings(config, rank, world))
 
 
-def build_stream(config: RunConfig, schema: LogSchema, windows_uri: str, tables: Tables, rank: int, world: int) -> StreamFeed:
+def build_stream(
+    config: RunConfig, schema: LogSchema, windows_uri: str, tables: Tables, rank: int, world: int, texts: EventTexts | None = None
+) -> StreamFeed:
     windows, empty = count_windows(windows_uri)
-    settings = _feed_settings(config, rank, world) | {"buffer": config.train.stream_buffer}
+    settings = _feed_settings(config, rank, world) | {"buffer": config.train.stream_buffer, "texts": texts}
     return StreamFeed(tables, windows, empty, schema, **settings)
 
 
@@ -176,12 +179,14 @@ def run_worker(
     schema = load_schema(data_prefix)
     catalogue = storage.read_table(storage.join(data_prefix, "catalogue.parquet"))
     train_uri = storage.join(data_prefix, "windows", "train")
+    texts = None if text_prefix is None else EventTexts.open(text_prefix)
     feed: Feed
     if config.train.feed == "stream":
-        feed = build_stream(config, schema, train_uri, tables or file_tables(train_uri, config.seed, rank, world), rank, world)
+        tables = tables or file_tables(train_uri, config.seed, rank, world)
+        feed = build_stream(config, schema, train_uri, tables, rank, world, texts)
     else:
-        feed = build_feed(config, schema, mapped_windows(data_prefix, "train"), rank, world)
-    valid = mapped_windows(data_prefix, "valid")
+        feed = build_feed(config, schema, mapped_windows(data_prefix, "train", texts), rank, world)
+    valid = mapped_windows(data_prefix, "valid", texts)
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
     tell_items(model, catalogue)

@@ -1,4 +1,5 @@
-"""The whole main job on a tiny log of baskets with impressions: `group`, `time`, two DDP workers, a text encoder."""
+"""The whole main job on a tiny log of baskets with impressions: `group`, `time`, two DDP workers, a text encoder that reads the
+items and what users wrote of them."""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ EPOCHS = 10
 def run(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     folder = tmp_path_factory.mktemp("e2e")
     tiny.write_log(folder, users=40, visits=16, seed=5)
-    encoder = tiny.write_encoder(folder / "encoder")
+    tiny.write_encoder(folder / "encoder")
+    tiny.write_features(folder)
 
     def change(raw: dict[str, Any]) -> None:
         raw["data"]["partitions"] = 6
-        raw["encoder"] = {"model": str(encoder), "batch_size": 8}
+        tiny.with_reviews(folder)(raw)
         raw["evaluation"]["baselines"] = ["popularity", "popularity_recent", "itemknn", "ease", "ials", "bpr", "tasks"]
         raw["train"] |= {"epochs": EPOCHS, "patience": EPOCHS, "monitor": "click/auc"}
 

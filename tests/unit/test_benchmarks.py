@@ -48,11 +48,21 @@ def test_the_text_variant_is_chosen_on_valid_alone() -> None:
     assert np.isnan(text_value.judged({"metadata": told(0.1, 0.1), "frozen": {}})["ratio"])
 
 
-def test_variants_differ_in_their_text_alone() -> None:
-    raw = text_value.base_config("ml100k", "item_holdout", 2)
-    benches = {n: text_value.bench_of(n, "ml100k", "item_holdout", raw, "data", 2) for n in text_value.VARIANTS}
+@pytest.mark.parametrize("data", list(text_value.DATA))
+@pytest.mark.parametrize("protocol", text_value.PROTOCOLS)
+def test_variants_differ_in_their_text_alone(data: str, protocol: str) -> None:
+    names = text_value.variants_of(data)
+    benches = {n: text_value.cell_of(n, data, protocol, 1, 0.5)[0] for n in names}
     plain = benches["frozen"].config.model_dump(exclude={"encoder"})
     assert all(b.config.model_dump(exclude={"encoder"}) == plain for b in benches.values())
     assert len({b.out for b in benches.values()}) == len(benches) and benches["none"].text is None
     assert benches["lora"].config.encoder.tuning.kind == "lora"  # type: ignore[union-attr]
-    assert set(plain["tasks"]) == {"retrieval"} and plain["train"]["monitor"] == "retrieval/recall@20"
+    assert set(plain["tasks"]) == set(text_value.metrics_of(data, protocol))
+
+
+def test_seeds_hold_out_other_items_and_share_vectors_that_learn_nothing() -> None:
+    roots = {n: [text_value.text_root("ml100k", "item_holdout", s, n) for s in (0, 1)] for n in ("frozen", "contrastive")}
+    assert roots["frozen"][0] == roots["frozen"][1] and roots["contrastive"][0] != roots["contrastive"][1]
+    folds = [text_value.base_config("ml100k", "item_holdout", s)["data"]["fold"] for s in text_value.SEEDS]
+    assert len({(f + step) % 10 for f in folds for step in (0, 1)}) == 6  # neither test nor valid of one is in another
+    assert text_value.base_config("ml100k", "leave_one_out", 1)["data"]["fold"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from mtrec_ray.data import fit, windows
 from mtrec_ray.data.partition import user_partition
@@ -431,6 +433,17 @@ def test_item_holdout_hides_whole_items_from_training_and_from_every_history() -
         layout = windows.moment_layout(events, split, which, 50, "order", "item_holdout")
         assert sorted(layout.target_event) == np.flatnonzero(split == which).tolist()  # every event on them is a target
         assert held.isdisjoint(items[layout.history()[0]]) and held.isdisjoint(items[layout.seen()[0]])
+
+
+@pytest.mark.parametrize("take", [windows.split_by_user, windows.split_by_item])
+def test_folds_hold_out_each_user_or_item_once(take: Callable[..., NDArray[np.int8]]) -> None:
+    log = big_log()
+    events = make_events(log)
+    events = dataclasses.replace(events, item_ids=pa.array([f"i{r % 300}" for r in events.row]))
+    splits = [take(events, 0.1, 0.1, fold / 10) for fold in range(10)]
+    assert (np.array([s == TEST for s in splits]).sum(0) == 1).all() and (np.array([s == VALID for s in splits]).sum(0) == 1).all()
+    assert (splits[0] == take(events, 0.1, 0.1)).all()
+    assert ((splits[9] == VALID) == (splits[0] == TEST)).all()  # what a fold stops at is the next one's test
 
 
 def test_random_folds_part_the_log_and_show_the_whole_training_part() -> None:
