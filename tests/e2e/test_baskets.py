@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.pipeline import STAGES, StageError, run_stages
+from mtrec_ray.predictor import History
 from mtrec_ray.serving.history import HistoryStore
 from tests import tiny
 from tests.conftest import TinyRun
@@ -112,6 +114,25 @@ def test_scores_have_the_promised_columns_and_ranks(run: tuple[RunConfig, Path])
     assert metadata[b"bundle"].decode() == bundle.load(str(out / "bundle")).fingerprint
 
 
+def test_what_users_wrote_is_encoded_once_and_changes_what_they_are_told(run: tuple[RunConfig, Path]) -> None:
+    """The store's histories have the texts; in batch they are read from the encode stage, here they are encoded again."""
+    config, out = run
+    text = storage.Directory(str(out / "text")).manifest
+    assert text["event_texts"] == text["event_texts_encoded"] > 5
+    predictor, store = bundle.load(str(out / "bundle")), HistoryStore(str(out / "data"))
+    scores = pq.read_table(out / "scores").to_pandas()
+    changed = 0
+    for user in [u for u in store.user_ids() if (store.get(u) or History()).item_ids][:8]:
+        history = store.get(user)
+        assert history is not None
+        found = predictor.recommend([history], config.scoring.k)[0]["items"]
+        told = scores[scores.user_id == user].sort_values("rank")["score"].tolist()
+        assert [i["score"] for i in found] == pytest.approx(told, rel=1e-5, abs=1e-5)
+        silent = predictor.recommend([replace(history, context=history.context | {"review": []})], config.scoring.k)[0]["items"]
+        changed += [i["score"] for i in silent] != [i["score"] for i in found]
+    assert changed > 0
+
+
 def test_published_directories_verify(run: tuple[RunConfig, Path]) -> None:
     for name in ("data", "text", "train", "bundle"):
         storage.Directory(str(run[1] / name)).verify()
@@ -192,7 +213,8 @@ def test_blocks_in_flight_change_no_digit(run: tuple[RunConfig, Path]) -> None:
     assert len(parts) == 6
     count = storage.read_table(data.path("catalogue.parquet"), ["count"])["count"].to_numpy().astype(np.float32)
     systems = {"popularity": Popularity(count), "item_vectors": ItemVectors(bundle.load(prefix).item_vec_ND)}
-    one, four = (measure_split(data, prefix, "test", systems, Resampler(30), blocks) for blocks in (1, 4))
+    text = storage.Directory(str(out / "text")).prefix
+    one, four = (measure_split(data, prefix, "test", systems, Resampler(30), n, text) for n in (1, 4))
     assert set(one) == set(four) == {"model", *systems}
     for system in one:
         assert set(one[system]) == set(four[system]) and len(one[system]) > 5
