@@ -7,7 +7,8 @@ ROOT/<inputs>/catalogue.parquet     ids, titles, texts, popularity (the fallback
 ROOT/<inputs>/text_encoder.json     which TextEncoder made the text vectors
 ROOT/<inputs>/weights.safetensors   the model
 ROOT/<inputs>/items.safetensors     item_vec_ND
-ROOT/<inputs>/index.json            how candidates are searched
+ROOT/<inputs>/index.json            how candidates are searched, and with what recall
+ROOT/<inputs>/index.faiss           the lists of an approximate index
 ROOT/<inputs>/fingerprint.json      SHA-256 over all of the above
 ROOT/<inputs>/metrics.json          added by evaluation; not part of the fingerprint
 """
@@ -15,6 +16,7 @@ ROOT/<inputs>/metrics.json          added by evaluation; not part of the fingerp
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,8 +28,10 @@ from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
+from mtrec_ray.retrieval.ivf import IvfIndex
 from mtrec_ray.schema import LogSchema
 
+LISTS = "index.faiss"
 _UNHASHED = ("metrics.json", "fingerprint.json")
 
 
@@ -42,8 +46,12 @@ def write(
     catalogue: pa.Table,
     model: Recommender,
     text_encoder: dict[str, Any] | None,
+    index: IvfIndex | None = None,
 ) -> str:
-    """Write an unpublished bundle that `load(prefix)` can already read -> its fingerprint."""
+    """Write an unpublished bundle that `load(prefix)` can already read -> its fingerprint.
+
+    index: of the model's item vectors; None is the exact one.
+    """
     model = model.eval()
     with torch.no_grad():
         item_vec_ND = model.item_vectors()
@@ -54,8 +62,10 @@ def write(
         "text_encoder.json": json.dumps({"encoder": text_encoder, "width": text_width}, sort_keys=True).encode(),
         "weights.safetensors": save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}),
         "items.safetensors": save_tensors({"item_vec_ND": item_vec_ND.contiguous()}),
-        "index.json": json.dumps({"kind": "exact"}).encode(),
+        "index.json": json.dumps({"kind": "exact"} if index is None else {"kind": index.kind, **index.facts}).encode(),
     }
+    if index is not None:
+        files[LISTS] = index.save()
     for name, content in files.items():
         storage.write_bytes(storage.join(prefix, name), content)
     storage.write_table(storage.join(prefix, "catalogue.parquet"), catalogue)
@@ -103,4 +113,9 @@ def load(uri: str, verify: bool = True) -> Predictor:
     model = Recommender(config, schema, torch.zeros(0, width) if width else None)
     model.load_state_dict(load_tensors(read("weights.safetensors")))
     item_vec_ND = load_tensors(read("items.safetensors"))["item_vec_ND"]
-    return Predictor(config, schema, catalogue, model, item_vec_ND, stated["fingerprint"], text["encoder"])
+    facts, index = json.loads(read("index.json")), None
+    if facts["kind"] == IvfIndex.kind:
+        lists = storage.join(prefix, LISTS)
+        content = Path(storage.resolve(lists)[1]) if storage.is_local(prefix) else storage.read_bytes(lists)
+        index = IvfIndex.load(content, item_vec_ND, facts)
+    return Predictor(config, schema, catalogue, model, item_vec_ND, stated["fingerprint"], text["encoder"], index)

@@ -16,15 +16,23 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+
 from mtrec_ray import bundle, runtime, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.data.prepare import prepare
 from mtrec_ray.encoders.bulk import encode
 from mtrec_ray.encoders.cache import load_text_vectors
+from mtrec_ray.encoders.event_texts import EventTexts
 from mtrec_ray.evaluation.runner import evaluate
+from mtrec_ray.models.recommender import Recommender
+from mtrec_ray.retrieval.ivf import IvfIndex, RecallError, build_ivf
+from mtrec_ray.schema import LogSchema
 from mtrec_ray.scoring.batch import score
+from mtrec_ray.training.feed import collate
 from mtrec_ray.training.trainer import train
-from mtrec_ray.training.worker import build_model, load_schema
+from mtrec_ray.training.worker import build_model, load_schema, mapped_windows
 from mtrec_ray.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -133,8 +141,35 @@ class Run:
             encoder = {**(encoder or {}), "model": self.trained.path("encoder"), "content": self.trained.manifest["inputs"]}
         model = build_model(self.config, schema, text_NE)
         model.load_state_dict(load_tensors(storage.read_bytes(self.trained.path("weights.safetensors"))))
-        bundle.write(prefix, self.config, schema, catalogue, model, encoder)
+        index = None
+        if self.config.index.kind == IvfIndex.kind and self.config.retrieval_task is not None:
+            index = self._approximate(model.eval(), schema)
+        bundle.write(prefix, self.config, schema, catalogue, model, encoder, index)
         return True
+
+    def _approximate(self, model: Recommender, schema: LogSchema) -> IvfIndex:
+        """The approximate index, tuned and measured on the states of users of the valid part. Raises StageError."""
+        settings, text = self.config.index, self._text_prefix()
+        cache = mapped_windows(self.data.prefix, "valid", None if text is None else EventTexts.open(text))
+        if not len(cache):
+            raise StageError("index.kind: ivf is tuned on users of the valid part, and this protocol left none; take exact")
+        drawn = np.random.default_rng(self.config.seed).permutation(len(cache))[: settings.queries]
+        with torch.no_grad():
+            item_vec_ND = model.item_vectors()
+            states = [
+                model.encode(item_vec_ND, collate(cache, np.sort(part), schema).history)
+                for part in np.array_split(drawn, -(-len(drawn) // 256))
+            ]
+            query_QD = model.retrieval.query(torch.cat(states))
+        try:
+            found = build_ivf(
+                item_vec_ND, query_QD, self.config.ranking.candidates,
+                lists=settings.lists, recall=settings.recall, min_recall=settings.min_recall, seed=self.config.seed,
+            )  # fmt: skip
+        except RecallError as error:
+            raise StageError(str(error)) from None
+        log.info("index: %s", found.facts)
+        return found
 
     def _evaluate(self) -> bool:
         inputs = self._bundle_inputs()

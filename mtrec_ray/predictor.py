@@ -29,6 +29,7 @@ from mtrec_ray.features import InputSpec, TextSpec, dense
 from mtrec_ray.models.batch import HistoryBatch, collate_history, feature_tensor
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, mask_items, top_k
+from mtrec_ray.retrieval.ivf import IvfIndex
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks.wide import Bags
 
@@ -132,8 +133,10 @@ class Predictor:
         item_vec_ND: Tensor,
         fingerprint: str,
         text_encoder: Mapping[str, Any] | None = None,
+        index: IvfIndex | None = None,
     ) -> None:
-        """text_encoder: which TextEncoder made the text vectors, to be sure that texts of events are read by it too."""
+        """text_encoder: which TextEncoder made the text vectors, to be sure that texts of events are read by it too. index: where
+        candidates are searched; None: exactly."""
         self.config, self.schema, self.fingerprint, self.text_encoder = config, schema, fingerprint, text_encoder
         self.model = model.eval()
         self.device = next(model.parameters()).device
@@ -145,7 +148,8 @@ class Predictor:
         self.position = {item_id: i for i, item_id in enumerate(self.item_ids)}
         self.item_vec_ND = item_vec_ND.cpu()
         self._vec_ND = item_vec_ND.to(self.device)
-        self.index = ExactIndex(self._vec_ND)
+        self.exact = ExactIndex(self._vec_ND)
+        self.index: ExactIndex | IvfIndex = self.exact if index is None else index
         count_N = torch.from_numpy(catalogue["count"].to_numpy().astype(np.float32))
         self.trained_events = int(count_N.sum())  # training events that are history; what popularity counts
         self.popularity_N = count_N / count_N.sum().clamp(min=1)
@@ -253,13 +257,20 @@ class Predictor:
         """
         self.config.require_retrieval("ranking items")
         popular_B = length_B == 0
-        score_BN = self.index.scores(self.model.retrieval.query(state_BD.to(self.device))).cpu()
+        score_BN = self.exact.scores(self.model.retrieval.query(state_BD.to(self.device))).cpu()
         return torch.where(popular_B[:, None], self.popularity_N, score_BN), popular_B
 
     def retrieve(self, state_BD: Tensor, length_B: Tensor, seen: Sequence[IntArray], k: int) -> Candidates:
         """States -> the best max(k, K) items that are not excluded."""
-        score_BN, popular_B = self.retrieval_scores(state_BD, length_B)
-        item_BK, logit_BK = top_k(mask_items(score_BN, seen), max(k, self.config.ranking.candidates))
+        self.config.require_retrieval("ranking items")
+        k = max(k, self.config.ranking.candidates)
+        with torch.no_grad():
+            item_BK, logit_BK = self.index.search(self.model.retrieval.query(state_BD.to(self.device)), k, seen)
+        popular_B = length_B == 0
+        if popular_B.any():
+            rows = torch.nonzero(popular_B)[:, 0]
+            popular = self.popularity_N.repeat(len(rows), 1)
+            item_BK[rows], logit_BK[rows] = top_k(mask_items(popular, [seen[r] for r in rows.tolist()]), k)
         return Candidates(item_BK, logit_BK, popular_B)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from mtrec_ray.config.encoder import EncoderConfig, TuningConfig
 from mtrec_ray.config.load import ConfigError, load_config, parse_config
 from mtrec_ray.config.model import ModelConfig
 from mtrec_ray.config.pretrain import PretrainConfig
-from mtrec_ray.config.run import EvaluationConfig, NoRetrievalError, RankingConfig, RunConfig, ScoringConfig
+from mtrec_ray.config.run import EvaluationConfig, IndexConfig, NoRetrievalError, RankingConfig, RunConfig, ScoringConfig
 from mtrec_ray.config.tasks import (
     BaseTask,
     BinaryTask,
@@ -34,6 +34,7 @@ __all__ = [
     "DataConfig",
     "EncoderConfig",
     "EvaluationConfig",
+    "IndexConfig",
     "ItemAttributeTask",
     "ItemTextConfig",
     "LabelConfig",

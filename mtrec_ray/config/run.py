@@ -30,6 +30,21 @@ class RankingConfig(Model):
     """K retrieved before scoring."""
 
 
+class IndexConfig(Model):
+    """How candidates are searched; see docs/retrieval.md."""
+
+    kind: Literal["exact", "ivf"] = "exact"
+    """`exact`: every item is looked at. `ivf`: the lists nearest to the query alone, for catalogues of hundreds of thousands."""
+    lists: Int | None = Field(default=None, ge=1)
+    """`ivf`: lists that the catalogue is divided into. Default: 4 times the square root of the number of items."""
+    recall: float = Field(default=0.98, gt=0, le=1)
+    """`ivf`: so many lists are looked at that this share of the exact candidates is found for half of the sampled queries."""
+    min_recall: float = Field(default=0.95, gt=0, le=1)
+    """`ivf`: no bundle is made when less is found for the other half."""
+    queries: Int = Field(default=2000, ge=20)
+    """`ivf`: users of the valid part, at most, whose states are the sampled queries."""
+
+
 class ScoringConfig(Model):
     k: Int = Field(default=100, ge=1)
     batch_users: Int = Field(default=256, ge=1)
@@ -77,6 +92,7 @@ class RunConfig(Model):
     balancing: BalancingConfig = BalancingConfig()
     train: TrainConfig = TrainConfig()
     ranking: RankingConfig = RankingConfig()
+    index: IndexConfig = IndexConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     scoring: ScoringConfig = ScoringConfig()
 

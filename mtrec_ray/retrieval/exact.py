@@ -1,4 +1,4 @@
-"""Exact top-k by inner product."""
+"""Exact top-k by inner product (docs/retrieval.md)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from torch import Tensor
 
 NONE = -1
 """Stands where there is no further item."""
+LARGE = 8192
+"""Items from which on faiss selects: below, its blocks gain nothing."""
+AT_ONCE = 1024
+"""Queries searched together."""
+OVER_FETCHED = 1024
+"""Excluded items of a row up to which more is fetched instead of the row being sorted."""
 
 
 def mask_items(score_BN: Tensor, exclude: Sequence[NDArray[np.integer]]) -> Tensor:  # type: ignore[type-arg]
@@ -79,12 +85,19 @@ def top_k(score_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class ExactIndex:
-    """Inner products of queries with every item vector of the catalogue."""
+    """Inner products of queries with every item vector of the catalogue.
+
+    A small catalogue, and every one on a GPU, is a matrix product and a sort; a large one on a CPU is searched by faiss, which
+    selects while it multiplies: no score matrix of all items is ever made, and no copy of the vectors. Both give the same
+    items in the same order: ties go by position.
+    """
 
     kind = "exact"
 
     def __init__(self, item_vec_ND: Tensor) -> None:
-        self.item_vec_ND = item_vec_ND
+        self.item_vec_ND = item_vec_ND.contiguous()
+        # NaN is never selected by faiss, and must not hide
+        self.selects = item_vec_ND.device.type == "cpu" and len(item_vec_ND) >= LARGE and bool(torch.isfinite(item_vec_ND).all())
 
     def __len__(self) -> int:
         return len(self.item_vec_ND)
@@ -94,6 +107,75 @@ class ExactIndex:
         return query_BD @ self.item_vec_ND.T
 
     def search(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
-        """Best k items of each row that are not excluded -> (item_BK, score_BK), min(k, N) wide, NONE
-        where a row has fewer."""
-        return top_k(mask_items(self.scores(query_BD), exclude), k)
+        """Best k items of each row that are not excluded -> (item_BK, score_BK) on the CPU, min(k, N) wide, NONE where a row has
+        fewer."""
+        B, k = len(query_BD), min(k, len(self))
+        if not k:
+            return torch.zeros(B, 0, dtype=torch.int64), torch.zeros(B, 0)
+        found = [
+            self._search(query_BD[b : b + AT_ONCE], k, exclude[b : b + AT_ONCE]) if self.selects
+            else self._sort(query_BD[b : b + AT_ONCE], k, exclude[b : b + AT_ONCE])
+            for b in range(0, max(B, 1), AT_ONCE)
+        ]  # fmt: skip
+        return torch.cat([item for item, _ in found]), torch.cat([score for _, score in found])
+
+    def _sort(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
+        return top_k(mask_items(self.scores(query_BD).cpu(), exclude), k)
+
+    def _search(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
+        """faiss finds as many more as a row excludes; rows for which that does not settle it are sorted."""
+        F = fetched(k, exclude, len(self))
+        found = inner_products(query_BD.numpy(), self.item_vec_ND.numpy(), F)
+        item_BK, score_BK, unsettled = pick(*found, k, exclude, len(self))
+        unsettled |= (score_BK[:, -1] == found[0].min(1)) & (len(self) > F)  # the last score may go on beyond those found
+        unsettled |= ~np.isfinite(query_BD.numpy()).all(1)
+        return self.sort_rows(query_BD, k, exclude, unsettled, item_BK, score_BK)
+
+    def sort_rows(
+        self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]], rows_B: NDArray[np.bool_],
+        item_BK: NDArray[np.int64], score_BK: NDArray[np.float32],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Put the full sort's answer into some rows."""
+        for row in np.flatnonzero(rows_B).tolist():
+            item, score = self._sort(query_BD[row : row + 1], k, exclude[row : row + 1])
+            item_BK[row], score_BK[row] = item[0].numpy(), score[0].numpy()
+        return torch.from_numpy(item_BK), torch.from_numpy(score_BK)
+
+
+def fetched(k: int, exclude: Sequence[NDArray[Any]], N: int) -> int:
+    """How many are searched for, so that k are left where none excludes more than OVER_FETCHED: one more than that, since where it
+    equals the last one, others may share its score."""
+    return min(k + max((len(e) for e in exclude if len(e) <= OVER_FETCHED), default=0) + 1, N)
+
+
+def pick(
+    score_BF: NDArray[np.float32], item_BF: NDArray[np.int64], k: int, exclude: Sequence[NDArray[Any]], N: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+    """What faiss found, descending, -1 where there was nothing -> the best k that are not excluded, ties by position, and the rows
+    where fewer were left though the catalogue of N has more."""
+    for row in np.flatnonzero((score_BF[:, 1:] == score_BF[:, :-1]).any(1)).tolist():
+        order = np.lexsort((np.where(item_BF[row] < 0, N, item_BF[row]), -score_BF[row]))
+        score_BF[row], item_BF[row] = score_BF[row][order], item_BF[row][order]
+    allowed_BF = item_BF >= 0
+    out = np.zeros(N + 1, bool)  # the last one is -1's
+    for row, items in enumerate(exclude):
+        if len(items):
+            out[items] = True
+            allowed_BF[row] &= ~out[item_BF[row]]
+            out[items] = False
+    place = np.argsort(~allowed_BF, axis=1, kind="stable")[:, :k]  # allowed ones first, in their order
+    item_BK, score_BK = np.take_along_axis(item_BF, place, 1), np.take_along_axis(score_BF, place, 1)
+    there = np.take_along_axis(allowed_BF, place, 1)
+    item_BK[~there], score_BK[~there] = NONE, float("-inf")
+    return item_BK, score_BK, ~there[:, -1] & (item_BF.shape[1] < N)
+
+
+def inner_products(
+    query_BD: NDArray[np.float32], item_ND: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k largest of each row, descending -> (score_BK, item_BK): faiss, on as many threads as torch has."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    faiss.cvar.distance_compute_blas_threshold = 8  # its own, some 1,500 queries, is ten times slower below
+    return faiss.knn(np.ascontiguousarray(query_BD), item_ND, k, metric=faiss.METRIC_INNER_PRODUCT)  # type: ignore[no-any-return]

@@ -133,3 +133,50 @@ def test_a_nan_leads_every_list_wide_or_narrow() -> None:
         score = torch.randn(2, n)
         score[1, n // 2] = float("nan")
         assert torch.isnan(top_k(score, 10)[1]).any(1).tolist() == [False, True]
+
+
+# ------------------------------------------------------------------ a large catalogue, searched by faiss
+
+
+def spread(items: int, users: int, distinct: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers, so that scores are exact and, with few distinct vectors, often equal."""
+    rng = np.random.default_rng(items)
+    vectors = rng.integers(-4, 5, (distinct or items, 8)).astype(np.float32)
+    if distinct:
+        vectors = vectors[rng.integers(0, distinct, items)]
+    return torch.from_numpy(vectors), torch.from_numpy(rng.integers(-4, 5, (users, 8)).astype(np.float32))
+
+
+@pytest.mark.parametrize("distinct", [None, 2000, 3])
+@pytest.mark.parametrize("excluded", [0, 5, 300, 1500, 8999])
+def test_a_large_catalogue_is_searched_to_the_same_list(distinct: int | None, excluded: int) -> None:
+    items, queries = spread(9000, 6, distinct)
+    rng = np.random.default_rng(excluded)
+    scores = queries @ items.T
+    best = scores.argsort(1, descending=True).numpy()
+    exclude = [np.sort(rng.permutation(best[b][: max(excluded, 1) * 2])[: excluded if b % 3 else 0]) for b in range(6)]
+    index = ExactIndex(items)
+    assert index.selects
+    for k in (1, 20, 200):
+        expected = top_k(mask_items(scores.clone(), exclude), k)
+        found = index.search(queries, k, exclude)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_many_queries_are_searched_in_blocks_and_none_gives_none() -> None:
+    items, queries = spread(8192, 1100)
+    found = ExactIndex(items).search(queries, 7, [np.zeros(0, np.int64)] * 1100)
+    assert torch.equal(found[0], top_k(queries @ items.T, 7)[0])
+    assert ExactIndex(items).search(queries[:0], 7, [])[0].shape == (0, 7)
+    assert ExactIndex(items).search(queries[:2], 0, [np.zeros(0, np.int64)] * 2)[0].shape == (2, 0)
+
+
+def test_numbers_that_are_none_do_not_hide_in_a_large_catalogue() -> None:
+    items, queries = spread(9000, 2)
+    nothing = [np.zeros(0, np.int64)] * 2
+    queries[1, 0] = float("nan")
+    _, score = ExactIndex(items).search(queries, 3, nothing)
+    assert score[0].isfinite().all() and score[1].isnan().all()
+    items[17] = float("nan")
+    index = ExactIndex(items)
+    assert not index.selects and index.search(queries[:1], 3, nothing[:1])[0][0, 0] == 17

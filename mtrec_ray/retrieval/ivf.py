@@ -1,0 +1,141 @@
+"""Approximate top-k: the catalogue in lists around centres, of which a query looks at the nearest (faiss IVF, docs/retrieval.md).
+
+Jégou, Douze, Schmid: Product quantization for nearest neighbor search (2011), section IV, without the quantization: vectors are
+kept as they are, so scores are exact and only items of lists that were not looked at can be missed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtrec_ray.retrieval.exact import AT_ONCE, ExactIndex, fetched, pick
+
+PER_LIST = 40
+"""Items that a list has on average at least; with fewer its centre is no centre of anything."""
+
+
+class RecallError(ValueError):
+    """An index that finds less than it must."""
+
+
+class IvfIndex:
+    """A faiss index of the catalogue's vectors, and in how many of its lists a query looks."""
+
+    kind = "ivf"
+
+    def __init__(self, lists: Any, item_vec_ND: Tensor, probes: int, facts: dict[str, Any] | None = None) -> None:
+        """lists: a trained and filled faiss.IndexIVFFlat; facts: what is known of its recall."""
+        self.lists, self.probes, self.facts = lists, probes, facts or {}
+        self.exact = ExactIndex(item_vec_ND.cpu())
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    def search(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+        """As ExactIndex.search, and as complete: a row that the lists leave with fewer than k items is searched exactly."""
+        import faiss
+
+        query_BD, k = query_BD.cpu(), min(k, len(self))
+        if not k or not len(query_BD):
+            return torch.zeros(len(query_BD), k, dtype=torch.int64), torch.zeros(len(query_BD), k)
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        self.lists.nprobe = self.probes
+        found = []
+        for begin in range(0, len(query_BD), AT_ONCE):
+            query, out = query_BD[begin : begin + AT_ONCE], exclude[begin : begin + AT_ONCE]
+            score_BF, item_BF = self.lists.search(np.ascontiguousarray(query.numpy()), fetched(k, out, len(self)))
+            item_BK, score_BK, unsettled = pick(score_BF, item_BF, k, out, len(self))
+            unsettled |= ~np.isfinite(query.numpy()).all(1)
+            found.append(self.exact.sort_rows(query, k, out, unsettled, item_BK, score_BK))
+        return torch.cat([item for item, _ in found]), torch.cat([score for _, score in found])
+
+    def save(self) -> bytes:
+        import faiss
+
+        return bytes(faiss.serialize_index(self.lists).tobytes())
+
+    @classmethod
+    def load(cls, content: bytes | Path, item_vec_ND: Tensor, facts: dict[str, Any]) -> IvfIndex:
+        """content: of `save`, or a local file of it, which is memory-mapped and shared by processes."""
+        import faiss
+
+        if isinstance(content, Path):
+            lists = faiss.read_index(str(content), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        else:
+            lists = faiss.deserialize_index(np.frombuffer(content, np.uint8))
+        return cls(lists, item_vec_ND, int(facts["probes"]), facts)
+
+
+def list_count(items: int, wanted: int | None) -> int:
+    return max(1, min(wanted or round(4 * math.sqrt(items)), items // PER_LIST))
+
+
+def build_ivf(
+    item_vec_ND: Tensor,
+    query_QD: Tensor,
+    k: int,
+    *,
+    lists: int | None = None,
+    recall: float = 0.98,
+    min_recall: float = 0.95,
+    seed: int = 0,
+) -> IvfIndex:
+    """Divide the catalogue, and find in how many lists the queries must look.
+
+    query_QD: what will be asked; every second query tunes, the others measure. k: candidates that recall is about.
+    Raises RecallError when the measured recall is below min_recall, ValueError for vectors that are no numbers.
+    """
+    import faiss
+
+    vectors = np.ascontiguousarray(item_vec_ND.cpu().numpy())
+    if not np.isfinite(vectors).all():
+        raise ValueError("item vectors contain NaN or infinity: the model is broken")
+    N, D = vectors.shape
+    n_lists, k = list_count(N, lists), min(k, N)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, n_lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed + 1, 10, 1
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index.train(vectors)
+    index.add(vectors)
+    found = IvfIndex(index, item_vec_ND, 1)
+    tuning, judging = query_QD.cpu()[::2], query_QD.cpu()[1::2]
+    truth = _items(found.exact, tuning, k)
+    probes = 1
+    while probes < n_lists and recall_of(found, tuning, truth, probes) < recall:
+        probes = min(2 * probes, n_lists)
+    low = probes // 2  # between the last two powers of two
+    while probes - low > max(1, probes // 16):
+        middle = (low + probes) // 2
+        if recall_of(found, tuning, truth, middle) < recall:
+            low = middle
+        else:
+            probes = middle
+    measured = recall_of(found, judging, _items(found.exact, judging, k), probes)
+    found.probes = probes
+    found.facts = {"lists": n_lists, "probes": probes, "recall": measured, "recall_at": k, "queries": len(judging)}
+    if measured < min_recall:
+        raise RecallError(
+            f"index: {measured:.3f} of the exact {k} candidates are found in {probes} of {n_lists} lists, less than min_recall "
+            f"{min_recall}; raise index.recall, or set index.kind: exact"
+        )
+    return found
+
+
+def recall_of(index: IvfIndex, query_QD: Tensor, truth_QK: NDArray[np.int64], probes: int) -> float:
+    """Share of the exact top k that is found when so many lists are looked at; a row of too few is not made up for."""
+    index.lists.nprobe = probes
+    _, item_QK = index.lists.search(np.ascontiguousarray(query_QD.numpy()), truth_QK.shape[1])
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(item_QK, truth_QK, strict=True)]
+    return float(np.mean(hits) / truth_QK.shape[1])
+
+
+def _items(index: ExactIndex, query_QD: Tensor, k: int) -> NDArray[np.int64]:
+    return index.search(query_QD, k, [np.zeros(0, np.int64)] * len(query_QD))[0].numpy()
