@@ -47,6 +47,8 @@ bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.encode
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.pretraining
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.text_value
+	$(BIN)/python -m benchmarks.exact_topk
+	$(BIN)/python -m benchmarks.ann
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.profiles
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking_tasks
 	$(BIN)/python -m benchmarks.balancer_cost
