@@ -9,6 +9,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
@@ -52,15 +53,38 @@ def connect(num_cpus: int | None = None) -> None:
     )
 
 
-def collect(dataset: Any, what: str, total: int, every: float = 5.0) -> list[dict[str, Any]]:
+@dataclass
+class Progress:
+    """Rates of what rows count in a column."""
+
+    column: str
+    total: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self._before = self.done
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.done += int(row[self.column])
+
+    def text(self, seconds: float) -> str:
+        """`, 1200 of 5000 users, 300 per second, 13 s left`."""
+        rate = (self.done - self._before) / max(seconds, 1e-9)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
+        return f", {self.done} of {self.total} {self.column}, {rate:.0f} per second{left}"
+
+
+def collect(dataset: Any, what: str, total: int, every: float = 5.0, progress: Progress | None = None) -> list[dict[str, Any]]:
     """All rows of a small Ray Data result, with a progress line at most every so many seconds.
 
     On a terminal Ray Data's own bars show the operators too.
     """
-    return list(_rows_with_progress(dataset, what, total, every))
+    return list(_rows_with_progress(dataset, what, total, every, progress))
 
 
-def _rows_with_progress(dataset: Any, what: str, total: int, every: float) -> Iterator[dict[str, Any]]:
+def _rows_with_progress(
+    dataset: Any, what: str, total: int, every: float, progress: Progress | None = None
+) -> Iterator[dict[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False
@@ -70,9 +94,12 @@ def _rows_with_progress(dataset: Any, what: str, total: int, every: float) -> It
     started = told = time.perf_counter()
     for n, row in enumerate(dataset.iter_rows(), 1):
         now = time.perf_counter()
+        if progress is not None:
+            progress.add(row)
         if now - told >= every or n == total:
             told = now
-            log.info("%s: %d of %d, %.0f s", what, n, total, now - started)
+            more = "" if progress is None else progress.text(now - started)
+            log.info("%s: %d of %d, %.0f s%s", what, n, total, now - started, more)
         yield row
 
 

@@ -21,6 +21,7 @@ from mtrec_ray.data import lineage
 from mtrec_ray.data.ids import sorted_dictionary
 from mtrec_ray.data.partition import user_partition
 from mtrec_ray.encoders.event_texts import HASHES, VECTORS, EventTexts, hashes_of_events, write_event_texts
+from mtrec_ray.scoring.shards import published_files, replace_shard
 from mtrec_ray.training.worker import window_cache
 
 _BY_USER = ("events", "rows", "store", "windows/train", "windows/valid", "windows/test")
@@ -154,21 +155,14 @@ def _forget_scores(run: str, wanted: pa.Array, out: Forgotten) -> None:
     root = storage.join(run, "scores")
     if not storage.exists(root):
         return
-    filesystem, _ = storage.resolve(root)
-    for path in storage.list_files(root, ".parquet"):
-        table = storage.read_table(path if storage.is_local(root) else storage.join(root, path.rsplit("/", 1)[1]))
+    for path in published_files(root):
+        name = path.rsplit("/", 1)[1].removesuffix(".parquet")
+        table = storage.read_table(storage.join(root, f"{name}.parquet"))
         kept = table.filter(_others(table, wanted))
         if len(kept) < len(table):
             out.rows["scores"] = out.rows.get("scores", 0) + len(table) - len(kept)
-            name = path.rsplit("/", 1)[1]
-            draft = storage.join(root, f"_forget-{name}")
-            storage.write_table(draft, kept)
-            filesystem.move(storage.resolve(draft)[1], path)
-    manifest = storage.join(root, "_manifest.json")
-    if out.rows.get("scores") and storage.exists(manifest):
-        found = storage.read_json(manifest)
-        found["counts"]["rows"] -= out.rows["scores"]
-        storage.write_json(manifest, found)
+            replace_shard(root, name, kept)
+    storage.delete(storage.join(root, "_draft"))  # of a scoring that was killed
 
 
 def _forget_texts(run: str, data: storage.Directory, out: Forgotten) -> None:

@@ -187,8 +187,8 @@ def test_a_job_killed_while_it_writes_scores_leaves_the_old_ones(
         pass
 
     def die(*_: Any, **__: Any) -> Any:
-        draft = out / "scores" / "_draft"
-        draft.mkdir()
+        draft = out / "scores" / "_draft" / "0123456789abcdef"
+        draft.mkdir(parents=True)
         (draft / "part-00000.parquet").write_bytes(b"half")
         raise Died
 

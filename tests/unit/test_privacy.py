@@ -17,6 +17,7 @@ from mtrec_ray import storage
 from mtrec_ray.config import ConfigError, PseudonymConfig, RunConfig
 from mtrec_ray.data.forget import forget
 from mtrec_ray.privacy import PseudonymKeyError, Pseudonyms
+from mtrec_ray.scoring.shards import Output, verify
 from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.training.worker import mapped_windows, window_cache
 from tests import tiny
@@ -169,8 +170,10 @@ def run(tmp_path: Path) -> Path:
     storage.write_json(storage.join(bundle.begin("b" * 64), "x.json"), {})
     bundle.publish("b" * 64, kind="bundle", fingerprint="f" * 64, data=data.manifest["inputs"])
     users = storage.read_table(data.path("store"))["user_id"]
-    storage.write_table(tmp_path / "run" / "scores" / "part-00000.parquet", pa.table({"user_id": users, "rank": [1] * len(users)}))
-    storage.write_json(tmp_path / "run" / "scores" / "_manifest.json", {"counts": {"rows": len(users)}})
+    scores = Output(str(tmp_path / "run" / "scores"), {"k": 1})
+    table = pa.table({"user_id": users, "rank": [1] * len(users)})
+    scores.write("part-00000", table, {"users": len(users), "fallbacks": 0, "seconds": {}})
+    scores.publish(["part-00000"])
     return tmp_path
 
 
@@ -187,7 +190,7 @@ def test_a_forgotten_user_is_in_no_file_of_the_run(run: Path) -> None:
     assert rows["users"] == old["users"] - 1 and rows["events"] + found.rows["events"] == old["events"]
     assert rows["events"] + rows["quarantined"] + rows["forgotten"] == rows["read"] == old["read"]
     assert HistoryStore(str(run / "run" / "data")).get("u7") is None
-    assert storage.read_json(run / "run" / "scores" / "_manifest.json")["counts"]["rows"] == 23
+    assert verify(str(run / "run" / "scores"))["rows"] == 23
 
 
 def test_the_machines_copies_of_windows_go_too_also_those_of_data_before_an_append(run: Path) -> None:

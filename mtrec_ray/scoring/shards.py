@@ -1,0 +1,172 @@
+"""Shards of a batch output: which of them count, how all are published at once, and how they are proved. It knows no Ray.
+
+    ROOT/NAME.parquet                       published shards
+    ROOT/_manifest.json                     written last: identity, sums, and rows, bytes and SHA-256 of every shard
+    ROOT/_draft/IDENTITY/NAME.parquet       shards of an output that is not whole yet
+    ROOT/_draft/IDENTITY/_done/NAME.json    written after its shard's data: from now on the shard counts
+
+A rerun of the same identity (bundle, data, arguments) goes on with the shards that do not count yet; another one starts anew, so
+two outputs never mix. Publishing goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mtrec_ray import storage
+from mtrec_ray.data.partition import hash_ids
+
+MANIFEST = "_manifest.json"
+SUMMED = ("users", "rows", "fallbacks", "bytes")
+
+
+class VerifyError(ValueError):
+    """A published output that is not what its manifest says."""
+
+
+class Output:
+    """A batch output below `root`, made from `identity`."""
+
+    def __init__(self, root: str, identity: Mapping[str, Any]) -> None:
+        self.root, self.identity = root, dict(identity)
+        self.draft = storage.join(root, "_draft", storage.fingerprint(self.identity)[:16])
+
+    def published(self) -> dict[str, Any] | None:
+        """The manifest where this very output is published."""
+        manifest = read_manifest(self.root)
+        return manifest if manifest is not None and manifest.get("identity") == self.identity else None
+
+    def begin(self) -> dict[str, dict[str, Any]]:
+        """Drop the drafts of other outputs -> shards that count already."""
+        drafts = storage.join(self.root, "_draft")
+        path = storage.resolve(drafts)[1]
+        names = {p.removeprefix(path + "/").split("/")[0] for p in storage.list_files(drafts)} if storage.exists(drafts) else set()
+        for name in names - {self.draft.rsplit("/", 1)[1]}:
+            storage.delete(storage.join(drafts, name))
+        return self.done()
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Shards that count -> what is known of them."""
+        folder = storage.join(self.draft, "_done")
+        if not storage.exists(folder):
+            return {}
+        found = {}
+        for path in storage.list_files(folder, ".json"):
+            name = path.rsplit("/", 1)[1].removesuffix(".json")
+            found[name] = dict(storage.read_json(storage.join(folder, f"{name}.json")))
+        return found
+
+    def write(self, name: str, table: pa.Table, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """A shard: its data, then its entry."""
+        uri = storage.join(self.draft, f"{name}.parquet")
+        storage.write_table(uri, table)
+        entry = dict(facts) | contents(uri, len(table))
+        storage.write_json(storage.join(self.draft, "_done", f"{name}.json"), entry)
+        return entry
+
+    def publish(self, names: Sequence[str]) -> dict[str, Any]:
+        """Put the shards in the place of what was published before -> the manifest."""
+        shards = self.done()
+        missing = sorted(set(names) - set(shards))
+        assert not missing and len(shards) == len(names), missing
+        manifest_uri, cleared = storage.join(self.root, MANIFEST), storage.join(self.draft, "_cleared.json")
+        filesystem, path = storage.resolve(self.root)
+        if not storage.exists(cleared):
+            storage.delete(manifest_uri)  # from now on nothing is published, until all of it is
+            for old in published_files(self.root):
+                filesystem.delete_file(old)
+            storage.write_json(cleared, {})
+        for name in names:
+            source = storage.join(self.draft, f"{name}.parquet")
+            if storage.exists(source):
+                filesystem.move(storage.resolve(source)[1], f"{path}/{name}.parquet")
+        counts: dict[str, Any] = {key: sum(int(s[key]) for s in shards.values()) for key in SUMMED}
+        stages = sorted({stage for s in shards.values() for stage in s["seconds"]})
+        counts |= {"seconds": {stage: round(sum(s["seconds"].get(stage, 0.0) for s in shards.values()), 3) for stage in stages}}
+        manifest = {"identity": self.identity, "counts": counts, "shards": shards}
+        storage.write_json(manifest_uri, manifest)
+        storage.delete(storage.join(self.root, "_draft"))
+        return manifest
+
+
+def read_manifest(root: str) -> dict[str, Any] | None:
+    uri = storage.join(root, MANIFEST)
+    return dict(storage.read_json(uri)) if storage.exists(uri) else None
+
+
+def published_files(root: str) -> list[str]:
+    """Paths of the shards that lie directly below the root."""
+    if not storage.exists(root):
+        return []
+    _, path = storage.resolve(root)
+    return [p for p in storage.list_files(root, ".parquet") if "/" not in p.removeprefix(path + "/")]
+
+
+def contents(uri: str, rows: int) -> dict[str, Any]:
+    """What a shard's file holds."""
+    filesystem, path = storage.resolve(uri)
+    return {"rows": rows, "bytes": int(filesystem.get_file_info(path).size), "sha256": storage.file_fingerprint_of_path(uri, path)}
+
+
+def replace_shard(root: str, name: str, table: pa.Table) -> None:
+    """Other rows in a published shard, and a manifest that says so; the shard is replaced as a whole."""
+    filesystem, path = storage.resolve(storage.join(root, f"{name}.parquet"))
+    draft = storage.join(root, f"_replace-{name}.parquet")
+    storage.write_table(draft, table)
+    facts = contents(draft, len(table))
+    filesystem.move(storage.resolve(draft)[1], path)
+    manifest = read_manifest(root)
+    if manifest is None:
+        return
+    before = manifest.get("shards", {}).get(name)
+    if before is not None:
+        for key in ("rows", "bytes"):
+            manifest["counts"][key] += facts[key] - before[key]
+        manifest["shards"][name] = before | facts
+    storage.write_json(storage.join(root, MANIFEST), manifest)
+
+
+def verify(root: str) -> dict[str, Any]:
+    """Read every shard again -> the manifest's counts. Raises VerifyError, naming the shard, for anything that is not as written:
+    a file too many or too few, another checksum or number of rows, ranks that do not count from 1, a user twice."""
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise VerifyError(f"{root}: nothing is published here (no {MANIFEST}); run jobs.score")
+    shards: dict[str, dict[str, Any]] = manifest["shards"]
+    there = {p.rsplit("/", 1)[1].removesuffix(".parquet") for p in published_files(root)}
+    if there != set(shards):
+        odd = sorted(there ^ set(shards))
+        raise VerifyError(f"{root}: {odd[:3]} ({len(odd)} in all) are not both in the manifest and here; run jobs.score again")
+    users = []
+    for name, entry in sorted(shards.items()):
+        uri = storage.join(root, f"{name}.parquet")
+        found = contents(uri, int(entry["rows"]))
+        if found["sha256"] != entry["sha256"]:
+            raise VerifyError(f"{uri}: the checksum differs from the manifest's: damaged or changed; run jobs.score again")
+        table = storage.read_table(uri, ["user_id", "rank"])
+        if len(table) != entry["rows"]:
+            raise VerifyError(f"{uri}: {len(table)} rows, and the manifest says {entry['rows']}")
+        if len(table):
+            users.append(_users(uri, hash_ids(table["user_id"]), table["rank"].to_numpy()))
+    together = np.concatenate(users) if users else np.zeros(0, np.uint64)
+    if len(np.unique(together)) < len(together):
+        raise VerifyError(f"{root}: a user has lists in two shards")
+    total = {key: sum(int(s[key]) for s in shards.values()) for key in SUMMED}
+    wrong = [key for key in SUMMED if manifest["counts"][key] != total[key]]
+    if wrong:
+        raise VerifyError(f"{root}: the manifest's {wrong} are not the sums of its shards")
+    return dict(manifest["counts"])
+
+
+def _users(uri: str, user: np.ndarray[Any, Any], rank: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Hashes of a shard's users, each of whose lists must stand together and count from 1."""
+    first = np.append(True, user[1:] != user[:-1])
+    begins = np.flatnonzero(first)
+    expected = np.arange(len(rank)) - np.repeat(begins, np.diff(np.append(begins, len(rank)))) + 1
+    if (rank != expected).any():
+        raise VerifyError(f"{uri}: row {int(np.flatnonzero(rank != expected)[0])}: ranks do not count from 1")
+    return user[begins]
