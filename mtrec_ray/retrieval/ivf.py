@@ -104,10 +104,13 @@ def build_ivf(
     """Divide the catalogue, and find in how many lists the queries must look.
 
     query_QD: what will be asked; every second query tunes, the others measure. k: candidates that recall is about.
-    Raises RecallError when the measured recall is below min_recall, ValueError for vectors that are no numbers.
+    Raises RecallError when the measured recall is below min_recall or there is nothing to measure it with, ValueError for vectors
+    that are no numbers.
     """
     import faiss
 
+    if len(query_QD) < 2:
+        raise RecallError(f"index: {len(query_QD)} users to tune it on and to measure it with; take more, or set index.kind: exact")
     vectors = np.ascontiguousarray(item_vec_ND.cpu().numpy())
     if not np.isfinite(vectors).all():
         raise ValueError("item vectors contain NaN or infinity: the model is broken")

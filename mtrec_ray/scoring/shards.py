@@ -38,7 +38,8 @@ class Output:
     def published(self) -> dict[str, Any] | None:
         """The manifest where this very output is published."""
         manifest = read_manifest(self.root)
-        return manifest if manifest is not None and manifest.get("identity") == self.identity else None
+        same = manifest is not None and manifest.get("identity") == self.identity and "shards" in manifest
+        return manifest if same else None
 
     def begin(self) -> dict[str, dict[str, Any]]:
         """Drop the drafts of other outputs -> shards that count already."""
@@ -136,6 +137,8 @@ def verify(root: str) -> dict[str, Any]:
     manifest = read_manifest(root)
     if manifest is None:
         raise VerifyError(f"{root}: nothing is published here (no {MANIFEST}); run jobs.score")
+    if "shards" not in manifest:
+        raise VerifyError(f"{root}: written by an older version, which kept no checksums; run jobs.score again")
     shards: dict[str, dict[str, Any]] = manifest["shards"]
     there = {p.rsplit("/", 1)[1].removesuffix(".parquet") for p in published_files(root)}
     if there != set(shards):

@@ -80,6 +80,8 @@ def test_an_index_that_finds_too_little_is_refused_with_its_figure() -> None:
     items, queries = clustered(4000, 60)
     with pytest.raises(RecallError, match=r"0\.\d+ of the exact 50 candidates .* less than min_recall 1\.0"):
         build_ivf(items, queries, 50, recall=0.3, min_recall=1.0)
+    with pytest.raises(RecallError, match="1 users to tune it on"):
+        build_ivf(items, queries[:1], 50)
 
 
 def test_a_small_catalogue_is_one_list_and_a_broken_one_is_an_error() -> None:

@@ -145,6 +145,7 @@ def sums(root: Path) -> None:
         (gap, "row 1: ranks do not count from 1"),
         (sums, r"\['users'\] are not the sums"),
         (lambda root: (root / "_manifest.json").unlink(), "nothing is published here"),
+        (lambda root: storage.write_json(root / "_manifest.json", {"counts": {}}), "older version"),
     ],
 )
 def test_what_is_not_as_it_was_written_is_named(
