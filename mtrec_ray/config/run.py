@@ -46,9 +46,18 @@ class IndexConfig(Model):
 
 
 class ScoringConfig(Model):
+    """Top lists in batch; see docs/scoring.md."""
+
     k: Int = Field(default=100, ge=1)
+    """Items of a list."""
+    users: str | None = None
+    """Parquet file (or a directory of them) with a column user_id: lists for these alone. Default: every user of the store."""
+    unknown_users: Literal["popularity", "skip"] = "popularity"
+    """What users of that file get who have no history here; they are counted."""
     batch_users: Int = Field(default=256, ge=1)
+    """Users scored together."""
     workers: Int = Field(default=1, ge=1)
+    """Ray Data actors."""
 
 
 class EvaluationConfig(Model):

@@ -21,7 +21,7 @@ from mtrec_ray import storage
 from mtrec_ray.data.partition import hash_ids
 
 MANIFEST = "_manifest.json"
-SUMMED = ("users", "rows", "fallbacks", "bytes")
+SUMMED = ("users", "unknown", "rows", "fallbacks", "bytes")
 
 
 class VerifyError(ValueError):
@@ -85,7 +85,7 @@ class Output:
             source = storage.join(self.draft, f"{name}.parquet")
             if storage.exists(source):
                 filesystem.move(storage.resolve(source)[1], f"{path}/{name}.parquet")
-        counts: dict[str, Any] = {key: sum(int(s[key]) for s in shards.values()) for key in SUMMED}
+        counts: dict[str, Any] = {key: sum(int(s.get(key, 0)) for s in shards.values()) for key in SUMMED}
         stages = sorted({stage for s in shards.values() for stage in s["seconds"]})
         counts |= {"seconds": {stage: round(sum(s["seconds"].get(stage, 0.0) for s in shards.values()), 3) for stage in stages}}
         manifest = {"identity": self.identity, "counts": counts, "shards": shards}
@@ -158,7 +158,7 @@ def verify(root: str) -> dict[str, Any]:
     together = np.concatenate(users) if users else np.zeros(0, np.uint64)
     if len(np.unique(together)) < len(together):
         raise VerifyError(f"{root}: a user has lists in two shards")
-    total = {key: sum(int(s[key]) for s in shards.values()) for key in SUMMED}
+    total = {key: sum(int(s.get(key, 0)) for s in shards.values()) for key in SUMMED}
     wrong = [key for key in SUMMED if manifest["counts"][key] != total[key]]
     if wrong:
         raise VerifyError(f"{root}: the manifest's {wrong} are not the sums of its shards")

@@ -7,12 +7,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mtrec_ray.config import RunConfig, parse_config
+from mtrec_ray.predictor import History
 from mtrec_ray.scoring import batch
 from mtrec_ray.scoring.shards import Output, verify
+from mtrec_ray.storage import StorageError
 from tests.conftest import TinyRun
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -23,8 +27,8 @@ def noting(folder: Path, dies_after_data_of: str | None) -> type:
     noted, killed = str(folder / "noted"), folder / "killed"
 
     class Actor(batch._Actor):
-        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            name = batch.shard_name(row["part"])
+        def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+            name = batch.shard_name(item["row"]["part"])
             with open(noted, "a", encoding="utf-8") as file:
                 file.write(f"{name}\n")
             if name == dies_after_data_of and not killed.exists():
@@ -33,7 +37,7 @@ def noting(folder: Path, dies_after_data_of: str | None) -> type:
                 draft.mkdir(parents=True, exist_ok=True)
                 (draft / f"{name}.parquet").write_bytes(b"half of it")
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(row)
+            return super().__call__(item)
 
     return Actor
 
@@ -74,3 +78,47 @@ def test_killed_actors_and_jobs_cost_a_shard_and_change_nothing(
     assert verify(str(out))["users"] == expected["users"] and set(counts["seconds"]) == {
         "read", "histories", "states", "retrieve", "heads",
     }  # fmt: skip
+
+
+def test_the_users_of_a_file_are_scored_and_the_unknown_among_them_counted(
+    ray_cluster: Any, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"user_id": ["u3", "stranger", "u5", "u3", "u1"], "age": [1] * 5}), tmp_path / "users.parquet")
+    whole = tmp_path / "whole"
+    batch.score(tiny_run.config, tiny_run.data, str(tiny_run.bundle_root), str(whole))
+    every = pq.read_table(whole).to_pandas()
+    for unknown, users in (("popularity", ["stranger", "u1", "u3", "u5"]), ("skip", ["u1", "u3", "u5"])):
+        raw = tiny_run.config.model_dump(mode="json")
+        raw["scoring"] |= {"users": str(tmp_path / "users.parquet"), "unknown_users": unknown}
+        out = tmp_path / unknown
+        counts = batch.score(parse_config(raw), tiny_run.data, str(tiny_run.bundle_root), str(out))
+        assert (counts["users"], counts["unknown"]) == (len(users), 1) and verify(str(out)) == counts
+        found = pq.read_table(out).to_pandas()
+        assert sorted(found.user_id.unique()) == users
+        for user in ("u1", "u3", "u5"):
+            mine, theirs = (t[t.user_id == user].reset_index(drop=True) for t in (found, every))
+            assert mine.item_id.equals(theirs.item_id) and np.allclose(mine.score, theirs.score, rtol=1e-5)
+    popular = tiny_run.predictor.recommend([History()], 5)[0]["items"]
+    lists = pq.read_table(tmp_path / "popularity").to_pandas()
+    assert lists[lists.user_id == "stranger"].item_id.tolist() == [i["item_id"] for i in popular]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"user": ["u1"]}, r"has no column user_id; it has \['user'\]"),
+        ({"user_id": pa.array(["u1", None])}, r"1 row\(s\) without user_id; the first is row 1"),
+        ({"user_id": pa.array([], pa.string())}, "has no rows"),
+        (None, "users.parquet"),
+    ],
+)
+def test_a_file_of_users_that_cannot_be_read_is_one_message(
+    tiny_run: TinyRun, tmp_path: Path, table: dict[str, Any] | None, message: str
+) -> None:
+    if table is not None:
+        pq.write_table(pa.table(table), tmp_path / "users.parquet")
+    raw = tiny_run.config.model_dump(mode="json")
+    raw["scoring"]["users"] = str(tmp_path / "users.parquet")
+    with pytest.raises((batch.ScoringError, StorageError), match=message):
+        batch.score(parse_config(raw), tiny_run.data, str(tiny_run.bundle_root), str(tmp_path / "scores"))
+    assert not (tmp_path / "scores").exists()
