@@ -1,33 +1,60 @@
-"""Write every user's top list, or prove those that are there.
+"""Score in batch: every user's top list, state or profile, or every item's similar items; or prove what is there.
 
-python -m jobs.score --config jobs/configs/ml100k.yaml --out runs/ml100k [key=value ...]
-python -m jobs.score --verify runs/ml100k
+python -m jobs.score --config jobs/configs/ml100k.yaml --out runs/ml100k [--what similar] [key=value ...]
+python -m jobs.score --verify runs/ml100k [--what similar]
 
-A killed run goes on with the shards that are missing. `--verify` reads every shard again: checksums, counts, ranks, no user twice.
+A killed run goes on with the shards that are missing. `--verify` reads every shard again: checksums, counts, ranks, nobody twice.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
-from jobs.command import USER_ERRORS, main, plain
-from mtrec_ray import storage
+from jobs.command import USER_ERRORS, plain, show_log
+from mtrec_ray import runtime, storage
+from mtrec_ray.config import load_config
+from mtrec_ray.pipeline import Run, run_stages
 from mtrec_ray.scoring.shards import verify
+from mtrec_ray.scoring.tables import FOLDERS
 
 
-def prove(run: str) -> int:
-    """Exit code 0 when the top lists of a run are what their manifest says, else 2 with what is wrong."""
+def prove(run: str, what: str = "lists") -> None:
+    """Say what an output holds. Raises VerifyError where it is not what its manifest says."""
+    counts = verify(storage.join(storage.absolute(run), FOLDERS[what]))
+    who = f"{counts['items']} items" if what == "similar" else f"{counts['users']} users ({counts['fallbacks']} without a history)"
+    print(f"verified: {who}, {counts['rows']} rows, {counts['bytes']} bytes")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 with one message on standard error for a mistake that the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.score", description="Score in batch, or prove what is there.")
+    parser.add_argument("--config", help="YAML of the run, such as jobs/configs/ml100k.yaml")
+    parser.add_argument("--out", help="run directory or URI (default runs/NAME with the config's name)")
+    parser.add_argument("--what", choices=list(FOLDERS), default="lists", help="default: lists, into scores/")
+    parser.add_argument("--verify", metavar="RUN", help="read an output of this run again instead")
+    parser.add_argument("overrides", nargs="*", help="key.path=value, such as scoring.workers=4")
+    args = parser.parse_args(argv)
+    if (args.config is None) == (args.verify is None):
+        parser.error("give either --config or --verify")
+    show_log()
     try:
-        counts = verify(storage.join(storage.absolute(run), "scores"))
+        if args.verify is not None:
+            prove(args.verify, args.what)
+            return 0
+        config = load_config(args.config, args.overrides)
+        out = args.out or f"runs/{config.name}"
+        if args.what == "lists":
+            run_stages(config, out, ("score",))
+            return 0
+        runtime.connect()
+        runtime.preflight(config, out)
+        print(Run(config, out).output(args.what))
     except USER_ERRORS as error:
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2
-    users, rows, fallbacks = (counts[key] for key in ("users", "rows", "fallbacks"))
-    print(f"verified: {users} users, {rows} rows, {fallbacks} users by the popularity list, {counts['bytes']} bytes")
     return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "--verify":
-        sys.exit(prove(sys.argv[2]))
-    sys.exit(main(("score",), "Write every user's top list; --verify RUN proves those that are there."))
+    sys.exit(main())

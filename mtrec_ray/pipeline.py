@@ -29,7 +29,8 @@ from mtrec_ray.evaluation.runner import evaluate
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.retrieval.ivf import IvfIndex, RecallError, build_ivf
 from mtrec_ray.schema import LogSchema
-from mtrec_ray.scoring.batch import score
+from mtrec_ray.scoring.batch import check_output, score
+from mtrec_ray.scoring.tables import FOLDERS
 from mtrec_ray.training.feed import collate
 from mtrec_ray.training.trainer import train
 from mtrec_ray.training.worker import build_model, load_schema, mapped_windows
@@ -201,6 +202,12 @@ class Run:
         before = self._score_identity()
         score(self.config, self.data, self.bundle.root, self.path("scores"), self._text_prefix())
         return before != self._score_identity()
+
+    def output(self, what: str) -> dict[str, Any]:
+        """One of the outputs of batch scoring (scoring/tables.py) -> its counts."""
+        check_output(self.config, what)
+        self._need(self.bundle, "evaluate")
+        return score(self.config, self.data, self.bundle.root, self.path(FOLDERS[what]), self._text_prefix(), what)
 
     def _score_identity(self) -> Any:
         uri = self.path("scores", "_manifest.json")

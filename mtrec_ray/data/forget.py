@@ -22,6 +22,7 @@ from mtrec_ray.data.ids import sorted_dictionary
 from mtrec_ray.data.partition import user_partition
 from mtrec_ray.encoders.event_texts import HASHES, VECTORS, EventTexts, hashes_of_events, write_event_texts
 from mtrec_ray.scoring.shards import published_files, replace_shard
+from mtrec_ray.scoring.tables import FOLDERS, OF_USERS
 from mtrec_ray.training.worker import window_cache
 
 _BY_USER = ("events", "rows", "store", "windows/train", "windows/valid", "windows/test")
@@ -152,15 +153,19 @@ def _counts(rows: dict[str, Any], removed: dict[str, int], targets: dict[str, in
 
 def _forget_scores(run: str, wanted: pa.Array, out: Forgotten) -> None:
     """Rows of the users leave the top lists, shard by shard; each shard is replaced as a whole."""
-    root = storage.join(run, "scores")
-    if not storage.exists(root):
-        return
+    for what in OF_USERS:
+        root = storage.join(run, FOLDERS[what])
+        if storage.exists(root):
+            _forget_rows(root, FOLDERS[what], wanted, out)
+
+
+def _forget_rows(root: str, place: str, wanted: pa.Array, out: Forgotten) -> None:
     for path in published_files(root):
         name = path.rsplit("/", 1)[1].removesuffix(".parquet")
         table = storage.read_table(storage.join(root, f"{name}.parquet"))
         kept = table.filter(_others(table, wanted))
         if len(kept) < len(table):
-            out.rows["scores"] = out.rows.get("scores", 0) + len(table) - len(kept)
+            out.rows[place] = out.rows.get(place, 0) + len(table) - len(kept)
             replace_shard(root, name, kept)
     storage.delete(storage.join(root, "_draft"))  # of a scoring that was killed
 

@@ -136,7 +136,7 @@ def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str, tex
 
 
 def _fit(
-    config: RunConfig, data: storage.Directory, predictor: Predictor, texts: EventTexts | None
+    config: RunConfig, data: storage.Directory, predictor: Predictor, texts: EventTexts | None = None
 ) -> tuple[dict[str, Fitted], dict[str, str]]:
     train, valid = (WindowCache.from_table(storage.read_table(data.path("windows", s)), texts) for s in ("train", "valid"))
     table = storage.read_table(data.path("catalogue.parquet"), ["count", "recent_count"])

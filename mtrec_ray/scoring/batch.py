@@ -1,13 +1,9 @@
-"""Batch scoring: top-k per user of the history store, by Ray Data actors through the predictor."""
+"""Batch scoring by Ray Data actors through the predictor: lists, states and profiles of users, similar items."""
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,77 +17,15 @@ from mtrec_ray.config import RunConfig
 from mtrec_ray.data.partition import user_partition
 from mtrec_ray.data.sources import id_strings
 from mtrec_ray.encoders.event_texts import EventTexts
-from mtrec_ray.predictor import History, Predictor
 from mtrec_ray.privacy import Pseudonyms
-from mtrec_ray.retrieval.exact import NONE
 from mtrec_ray.scoring.shards import Output
-from mtrec_ray.serving.history import histories_from_table
+from mtrec_ray.scoring.tables import OF_USERS, profile_table, score_table, similar_table, state_table, timed
+from mtrec_ray.training.worker import load_schema
 
 log = logging.getLogger(__name__)
 
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add what a stage takes."""
-    started = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
-
-
-def score_table(
-    predictor: Predictor,
-    store: pa.Table,
-    k: int,
-    batch_users: int,
-    seconds: dict[str, float] | None = None,
-    strangers: Sequence[str] = (),
-) -> tuple[pa.Table, int]:
-    """Rows of the history store -> (user_id, item_id, rank, score, one column per task; users in the store's
-    order, ranks from 1; and the number of users answered by the popularity list).
-
-    seconds: gets what the stages took. strangers: users without a row in the store, behind those that have one.
-    """
-    seconds = {} if seconds is None else seconds
-    pieces, fallbacks = [], 0
-    predictor.config.require_retrieval("batch scoring")
-    names = [str(predictor.retrieval_name), *predictor.model.pointwise]
-    ids = pa.array(predictor.item_ids, pa.string())
-    for user_ids, histories in _blocks(store, strangers, batch_users):
-        with timed(seconds, "histories"):
-            encoded = predictor.encode_histories(histories())
-        with timed(seconds, "states"):
-            state_BD = predictor.encode_state(encoded.batch)
-        with timed(seconds, "retrieve"):
-            candidates = predictor.retrieve(state_BD, encoded.batch.length_B, encoded.seen, k)
-        with timed(seconds, "heads"):
-            predictions = predictor.score(state_BD, candidates.item_BK, predictor.encode_context([{}] * len(user_ids)))
-            ranked = predictor.finalise(candidates, predictions, k)
-        fallbacks += int((encoded.batch.length_B == 0).sum())
-        item_BK = ranked.item_BK.numpy()
-        keep = (item_BK != NONE).ravel()
-        B, K = item_BK.shape
-        columns: dict[str, Any] = {
-            "user_id": user_ids.take(pa.array(np.repeat(np.arange(B), K)[keep])),
-            "item_id": ids.take(pa.array(item_BK.ravel()[keep])),
-            "rank": pa.array(np.tile(np.arange(1, K + 1, dtype=np.int32), B)[keep]),
-            "score": pa.array(ranked.score_BK.numpy().ravel()[keep]),
-        }
-        columns |= {n: pa.array(ranked.tasks_BK[n].numpy().ravel()[keep]) for n in names}
-        pieces.append(pa.table(columns))
-    empty: dict[str, Any] = {"user_id": pa.string(), "item_id": pa.string(), "rank": pa.int32()}
-    empty |= dict.fromkeys(["score", *names], pa.float32())
-    table = pa.concat_tables(pieces) if pieces else pa.schema(empty).empty_table()
-    return table.replace_schema_metadata({"bundle": predictor.fingerprint}), fallbacks
-
-
-def _blocks(store: pa.Table, strangers: Sequence[str], batch_users: int) -> Iterator[tuple[pa.Array, Callable[[], list[History]]]]:
-    """(user ids, what gives their histories), so many users at a time."""
-    for start in range(0, len(store), batch_users):
-        block = store.slice(start, batch_users)
-        yield block["user_id"].combine_chunks(), partial(histories_from_table, block)
-    for start in range(0, len(strangers), batch_users):
-        some = pa.array(strangers[start : start + batch_users], pa.string())
-        yield some, partial(list, [History()] * len(some))
+ITEMS = 10_000
+"""Items of a shard of similar items."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +73,7 @@ class _Actor:
         torch.set_num_threads(1)
         self.predictor = bundle.load(bundle_uri, verify=False)
         self.output, self.k, self.batch_users = Output(root, identity), int(identity["k"]), batch_users
+        self.what = identity.get("what", "lists")
         self.answer_strangers = identity.get("unknown_users") != "skip"
         if text_prefix is not None:
             self.predictor.event_texts.known = EventTexts.open(text_prefix)
@@ -147,6 +82,11 @@ class _Actor:
         row = item["row"]
         seconds: dict[str, float] = {}
         strangers: list[str] = []
+        if row["items"] is not None:
+            begin, end = row["items"]
+            similar = similar_table(self.predictor, begin, end, self.k, self.batch_users, seconds)
+            self.output.write(shard_name(row["part"]), similar, {"items": end - begin, "seconds": seconds})
+            return {"items": end - begin}
         with timed(seconds, "read"):
             store = storage.read_table(row["part"]) if row["there"] else NO_STORE
             if row["users"] is not None:
@@ -154,7 +94,11 @@ class _Actor:
                 store = store.filter(pc.is_in(store["user_id"], value_set=asked))
                 strangers = asked.filter(pc.invert(pc.is_in(asked, value_set=store["user_id"].combine_chunks()))).to_pylist()
         answered = strangers if self.answer_strangers else []
-        table, fallbacks = score_table(self.predictor, store, self.k, self.batch_users, seconds, answered)
+        if self.what == "lists":
+            table, fallbacks = score_table(self.predictor, store, self.k, self.batch_users, seconds, answered)
+        else:
+            make = {"states": state_table, "profiles": profile_table}[self.what]
+            table, fallbacks = make(self.predictor, store, self.batch_users, seconds, answered)
         facts = {"users": len(store) + len(answered), "unknown": len(strangers), "fallbacks": fallbacks, "seconds": seconds}
         self.output.write(shard_name(row["part"]), table, facts)
         return {"users": len(store) + len(strangers)}
@@ -164,7 +108,7 @@ NO_STORE = pa.table({"user_id": pa.array([], pa.string())})
 
 
 class ScoringError(ValueError):
-    """Users that cannot be read."""
+    """Users that cannot be read, or an output that the run does not have."""
 
 
 def shard_name(part: str) -> str:
@@ -175,31 +119,54 @@ def _parts(data: storage.Directory, wanted: Wanted | None) -> list[dict[str, Any
     """Parts of the store, and of each the users to score (None: all)."""
     parts = storage.list_files(data.path("store"), ".parquet")
     if wanted is None:
-        return [{"part": p, "there": True, "users": None} for p in parts]
+        return [{"part": p, "there": True, "users": None, "items": None} for p in parts]
     there = {shard_name(p): p for p in parts}
     names = {number: f"part-{number:05d}" for number in wanted.parts}
     return [
-        {"part": there.get(name, f"/{name}.parquet"), "there": name in there, "users": wanted.parts[number]}
+        {"part": there.get(name, f"/{name}.parquet"), "there": name in there, "users": wanted.parts[number], "items": None}
         for number, name in names.items()
     ]
 
 
+def _ranges(items: int) -> list[dict[str, Any]]:
+    """Ranges of the catalogue's positions, each a shard."""
+    bounds = [(b, min(b + ITEMS, items)) for b in range(0, items, ITEMS)]
+    return [{"part": f"/part-{n:05d}.parquet", "there": False, "users": None, "items": list(r)} for n, r in enumerate(bounds)]
+
+
+def check_output(config: RunConfig, what: str) -> None:
+    """Raises ScoringError, NoRetrievalError for an output that the run's tasks do not give."""
+    if what == "lists":
+        config.require_retrieval("batch scoring")
+    if what == "profiles" and not any(t.kind == "profile" for t in config.tasks.values()):
+        raise ScoringError("profiles: the run has no task of kind profile; add one and train again")
+
+
 def score(
-    config: RunConfig, data: storage.Directory, bundle_root: str, root: str, text_prefix: str | None = None
+    config: RunConfig,
+    data: storage.Directory,
+    bundle_root: str,
+    root: str,
+    text_prefix: str | None = None,
+    what: str = "lists",
 ) -> dict[str, Any]:
-    """Top lists of every user of the store, or of those of a file, as ROOT/part-*.parquet -> {"users", "unknown", "rows",
-    "fallbacks", "bytes", "seconds"}.
+    """Top lists (or states, or profiles) of every user of the store, or of those of a file, or similar items of every item, as
+    ROOT/part-*.parquet -> {"users", "unknown", "items", "rows", "fallbacks", "bytes", "seconds"}.
 
     A part of the store is a shard; what a killed call had finished is not done again, with whatever number of workers, and
     what was published before stays until all of the new one is there (shards.py). text_prefix: of the encode stage, so that the
     texts of histories are not encoded again.
     """
-    wanted = read_users(config, data)
+    check_output(config, what)
+    of_users = what in OF_USERS
+    wanted = read_users(config, data) if of_users else None
     identity: dict[str, Any] = {
         "bundle": storage.Directory(bundle_root).manifest["fingerprint"],
         "data": data.manifest["inputs"],
         "k": config.scoring.k,
     }
+    if what != "lists":
+        identity["what"] = what
     if wanted is not None:
         identity |= {"users": wanted.digest, "unknown_users": config.scoring.unknown_users}
         log.info("score: %d users of %s, %d doubled", wanted.count, config.scoring.users, wanted.duplicates)
@@ -209,20 +176,22 @@ def score(
         log.info("score: reused %s", root)
         storage.delete(storage.join(root, "_draft"))
         return dict(manifest["counts"])
-    parts = _parts(data, wanted)
+    n_items, n_users = load_schema(data.prefix).n_items, int(data.manifest["rows"]["users"])
+    parts = _parts(data, wanted) if of_users else _ranges(n_items)
     done = output.begin()
     missing = [p for p in parts if shard_name(p["part"]) not in done]
-    before = sum(int(entry["users"]) for entry in done.values())
+    unit = "users" if of_users else "items"
+    before = sum(int(entry[unit]) for entry in done.values())
     if done:
-        log.info("score: %d of %d shards (%d users) were finished by a run before", len(done), len(parts), before)
+        log.info("score: %d of %d shards (%d %s) were finished by a run before", len(done), len(parts), before, unit)
     if missing:
         dataset = ray.data.from_items([{"row": p} for p in missing], override_num_blocks=len(missing)).map(
             _Actor,
             fn_constructor_args=(bundle_root, root, identity, config.scoring.batch_users, text_prefix),
             compute=ray.data.ActorPoolStrategy(size=min(config.scoring.workers, len(missing))),
         )
-        total = int(data.manifest["rows"]["users"]) if wanted is None else wanted.count
-        progress = runtime.Progress("users", total, before)
+        total = wanted.count if wanted is not None else n_users if of_users else n_items
+        progress = runtime.Progress(unit, total, before)
         runtime.collect(dataset, "score: shards", len(missing), progress=progress)
     counts = dict(output.publish([shard_name(p["part"]) for p in parts])["counts"])
     log.info("score: %s", counts)

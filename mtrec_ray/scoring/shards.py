@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from mtrec_ray import storage
 from mtrec_ray.data.partition import hash_ids
 
 MANIFEST = "_manifest.json"
-SUMMED = ("users", "unknown", "rows", "fallbacks", "bytes")
+SUMMED = ("users", "unknown", "items", "rows", "fallbacks", "bytes")
 
 
 class VerifyError(ValueError):
@@ -133,7 +134,8 @@ def replace_shard(root: str, name: str, table: pa.Table) -> None:
 
 def verify(root: str) -> dict[str, Any]:
     """Read every shard again -> the manifest's counts. Raises VerifyError, naming the shard, for anything that is not as written:
-    a file too many or too few, another checksum or number of rows, ranks that do not count from 1, a user twice."""
+    a file too many or too few, another checksum or number of rows, ranks that do not count from 1, a user (or
+    item) in two places."""
     manifest = read_manifest(root)
     if manifest is None:
         raise VerifyError(f"{root}: nothing is published here (no {MANIFEST}); run jobs.score")
@@ -150,14 +152,15 @@ def verify(root: str) -> dict[str, Any]:
         found = contents(uri, int(entry["rows"]))
         if found["sha256"] != entry["sha256"]:
             raise VerifyError(f"{uri}: the checksum differs from the manifest's: damaged or changed; run jobs.score again")
-        table = storage.read_table(uri, ["user_id", "rank"])
+        table = storage.read_table(uri)
         if len(table) != entry["rows"]:
             raise VerifyError(f"{uri}: {len(table)} rows, and the manifest says {entry['rows']}")
         if len(table):
-            users.append(_users(uri, hash_ids(table["user_id"]), table["rank"].to_numpy()))
+            ranks = table["rank"].to_numpy() if "rank" in table.column_names else None
+            users.append(_users(uri, hash_ids(table[table.column_names[0]]), ranks))
     together = np.concatenate(users) if users else np.zeros(0, np.uint64)
     if len(np.unique(together)) < len(together):
-        raise VerifyError(f"{root}: a user has lists in two shards")
+        raise VerifyError(f"{root}: a user (or an item) stands in two places")
     total = {key: sum(int(s.get(key, 0)) for s in shards.values()) for key in SUMMED}
     wrong = [key for key in SUMMED if manifest["counts"][key] != total[key]]
     if wrong:
@@ -165,11 +168,10 @@ def verify(root: str) -> dict[str, Any]:
     return dict(manifest["counts"])
 
 
-def _users(uri: str, user: np.ndarray[Any, Any], rank: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Hashes of a shard's users, each of whose lists must stand together and count from 1."""
-    first = np.append(True, user[1:] != user[:-1])
-    begins = np.flatnonzero(first)
-    expected = np.arange(len(rank)) - np.repeat(begins, np.diff(np.append(begins, len(rank)))) + 1
-    if (rank != expected).any():
+def _users(uri: str, user: NDArray[np.uint64], rank: NDArray[Any] | None) -> NDArray[np.uint64]:
+    """Hashes of a shard's users (or items), whose rows must stand together, with ranks that count from 1 where there are any."""
+    begins = np.flatnonzero(np.append(True, user[1:] != user[:-1]))
+    expected = np.arange(len(user)) - np.repeat(begins, np.diff(np.append(begins, len(user)))) + 1
+    if rank is not None and (rank != expected).any():
         raise VerifyError(f"{uri}: row {int(np.flatnonzero(rank != expected)[0])}: ranks do not count from 1")
     return user[begins]

@@ -16,6 +16,7 @@ from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.predictor import History
 from mtrec_ray.scoring import batch
 from mtrec_ray.scoring.shards import Output, verify
+from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.storage import StorageError
 from tests.conftest import TinyRun
 
@@ -122,3 +123,42 @@ def test_a_file_of_users_that_cannot_be_read_is_one_message(
     with pytest.raises((batch.ScoringError, StorageError), match=message):
         batch.score(parse_config(raw), tiny_run.data, str(tiny_run.bundle_root), str(tmp_path / "scores"))
     assert not (tmp_path / "scores").exists()
+
+
+def test_states_profiles_and_similar_items_are_those_of_the_predictor(
+    ray_cluster: Any, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "ITEMS", 8)  # three shards of 21 items
+    bundle, data, predictor = str(tiny_run.bundle_root), tiny_run.data, tiny_run.predictor
+    store = HistoryStore(data.root)
+    found = {}
+    for what in ("states", "profiles", "similar"):
+        counts = batch.score(tiny_run.config, data, bundle, str(tmp_path / what), what=what)
+        assert verify(str(tmp_path / what)) == counts
+        found[what] = pq.read_table(tmp_path / what).to_pandas()
+        assert counts["items" if what == "similar" else "users"] == (21 if what == "similar" else len(store.user_ids()))
+    assert list(found["states"].columns) == ["user_id", "state"] and sorted(found["states"].user_id) == list(store.user_ids())
+    for user in list(store.user_ids())[:6]:
+        history = store.get(user)
+        assert history is not None
+        state = predictor.encode_state(predictor.encode_histories([history]).batch)[0].numpy()
+        mine = found["states"][found["states"].user_id == user].state.iloc[0]
+        assert np.allclose(mine, state, atol=1e-5)
+        rows = found["profiles"][found["profiles"].user_id == user]
+        told = {(r.attribute, r.value): r.probability for r in rows.itertuples()}
+        expected = {(a, v): p for a, values in predictor.profile(history)["profile"].items() for v, p in values.items()}
+        assert told.keys() == expected.keys() and all(abs(told[key] - expected[key]) < 1e-5 for key in told)
+    assert len(list((tmp_path / "similar").glob("part-*.parquet"))) == 3
+    for item in ("i0", "i7", "new"):
+        rows = found["similar"][found["similar"].item_id == item]
+        expected_items = predictor.similar(item, tiny_run.config.scoring.k)
+        assert rows.similar_item_id.tolist() == [i["item_id"] for i in expected_items]
+        assert np.allclose(rows.score, [i["score"] for i in expected_items], atol=1e-5)
+
+
+def test_an_output_that_the_run_does_not_have_is_refused(tiny_run: TinyRun, tmp_path: Path) -> None:
+    raw = tiny_run.config.model_dump(mode="json")
+    raw["tasks"] = {n: t for n, t in raw["tasks"].items() if t["kind"] != "profile"}
+    with pytest.raises(batch.ScoringError, match="no task of kind profile"):
+        batch.score(parse_config(raw), tiny_run.data, str(tiny_run.bundle_root), str(tmp_path / "profiles"), what="profiles")
+    assert not list(tmp_path.iterdir())

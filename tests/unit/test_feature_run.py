@@ -20,7 +20,7 @@ from mtrec_ray.evaluation.measure import Model, Moments
 from mtrec_ray.features import CategoricalSpec, MultihotSpec, NumericalSpec
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import History
-from mtrec_ray.scoring.batch import score_table
+from mtrec_ray.scoring.tables import score_table
 from mtrec_ray.serving import api
 from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.training.feed import WindowCache, collate

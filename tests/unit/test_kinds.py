@@ -21,7 +21,7 @@ from mtrec_ray.evaluation.statistics import Resampler
 from mtrec_ray.evaluation.task_baselines import fit_task_baselines
 from mtrec_ray.predictor import History, Predictor
 from mtrec_ray.schema import LabelStats
-from mtrec_ray.scoring.batch import score_table
+from mtrec_ray.scoring.tables import score_table
 from mtrec_ray.serving.history import histories_from_table
 from mtrec_ray.tasks.interest import Interest
 from mtrec_ray.tasks.item_attribute import ItemAttribute

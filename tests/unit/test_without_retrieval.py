@@ -18,7 +18,7 @@ from mtrec_ray.evaluation.measure import Model
 from mtrec_ray.evaluation.runner import _fit, report_numbers
 from mtrec_ray.evaluation.statistics import Resampler
 from mtrec_ray.predictor import History, Predictor
-from mtrec_ray.scoring.batch import score_table
+from mtrec_ray.scoring.tables import score_table
 from mtrec_ray.training.feed import WindowCache, collate
 from tests import tiny
 
