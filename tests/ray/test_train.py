@@ -141,8 +141,8 @@ def test_an_infinite_loss_reaches_the_driver_with_its_batch_and_is_not_tried_aga
     def poisoned(settings: dict[str, Any]) -> None:
         opened, step = feed.WindowCache.open, loop.train_step
 
-        def infinite(folder: Any) -> feed.WindowCache:
-            cache = opened(folder)
+        def infinite(folder: Any, *texts: Any) -> feed.WindowCache:
+            cache = opened(folder, *texts)
             labels = np.full(len(cache.columns["label_rating"]), np.inf, np.float32)
             return feed.WindowCache({**cache.columns, "label_rating": labels}, cache.offsets, cache.user_ids)
 

@@ -154,8 +154,8 @@ def poison(window: int) -> None:
     """An infinite rating in a window of the training data."""
     original = feed.WindowCache.open
 
-    def opened(folder: Any) -> feed.WindowCache:
-        cache = original(folder)
+    def opened(folder: Any, *texts: Any) -> feed.WindowCache:
+        cache = original(folder, *texts)
         labels = np.array(cache.columns["label_rating"])
         labels[cache.offsets["target"][window]] = np.inf
         return feed.WindowCache({**cache.columns, "label_rating": labels}, cache.offsets, cache.user_ids)
