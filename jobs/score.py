@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="run directory or URI (default runs/NAME with the config's name)")
     parser.add_argument("--what", choices=list(FOLDERS), default="lists", help="default: lists, into scores/")
     parser.add_argument("--verify", metavar="RUN", help="read an output of this run again instead")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", help="key.path=value, such as scoring.workers=4")
     args = parser.parse_args(argv)
     if (args.config is None) == (args.verify is None):
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         runtime.preflight(config, out)
         print(Run(config, out).output(args.what))
     except USER_ERRORS as error:
+        if args.debug:
+            raise
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     return 0

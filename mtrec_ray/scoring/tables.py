@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from mtrec_ray.predictor import History, Predictor
+from mtrec_ray.predictor import EncodedHistories, History, Predictor
 from mtrec_ray.retrieval.exact import NONE, ExactIndex
 from mtrec_ray.serving.history import histories_from_table
 
@@ -42,22 +43,16 @@ def score_table(
 
     seconds: gets what the stages took. strangers: users without a row in the store, behind those that have one.
     """
-    seconds = {} if seconds is None else seconds
-    pieces, fallbacks = [], 0
     predictor.config.require_retrieval("batch scoring")
     names = [str(predictor.retrieval_name), *predictor.model.pointwise]
     ids = pa.array(predictor.item_ids, pa.string())
-    for user_ids, histories in _blocks(store, strangers, batch_users):
-        with timed(seconds, "histories"):
-            encoded = predictor.encode_histories(histories())
-        with timed(seconds, "states"):
-            state_BD = predictor.encode_state(encoded.batch)
+
+    def lists(user_ids: pa.Array, encoded: EncodedHistories, state_BD: Tensor, seconds: dict[str, float]) -> pa.Table:
         with timed(seconds, "retrieve"):
             candidates = predictor.retrieve(state_BD, encoded.batch.length_B, encoded.seen, k)
         with timed(seconds, "heads"):
             predictions = predictor.score(state_BD, candidates.item_BK, predictor.encode_context([{}] * len(user_ids)))
             ranked = predictor.finalise(candidates, predictions, k)
-        fallbacks += int((encoded.batch.length_B == 0).sum())
         item_BK = ranked.item_BK.numpy()
         keep = (item_BK != NONE).ravel()
         B, K = item_BK.shape
@@ -67,12 +62,9 @@ def score_table(
             "rank": pa.array(np.tile(np.arange(1, K + 1, dtype=np.int32), B)[keep]),
             "score": pa.array(ranked.score_BK.numpy().ravel()[keep]),
         }
-        columns |= {n: pa.array(ranked.tasks_BK[n].numpy().ravel()[keep]) for n in names}
-        pieces.append(pa.table(columns))
-    empty: dict[str, Any] = {"user_id": pa.string(), "item_id": pa.string(), "rank": pa.int32()}
-    empty |= dict.fromkeys(["score", *names], pa.float32())
-    table = pa.concat_tables(pieces) if pieces else pa.schema(empty).empty_table()
-    return table.replace_schema_metadata({"bundle": predictor.fingerprint}), fallbacks
+        return pa.table(columns | {n: pa.array(ranked.tasks_BK[n].numpy().ravel()[keep]) for n in names})
+
+    return _per_user(predictor, store, batch_users, {} if seconds is None else seconds, strangers, lists)
 
 
 def _blocks(store: pa.Table, strangers: Sequence[str], batch_users: int) -> Iterator[tuple[pa.Array, Callable[[], list[History]]]]:
@@ -89,7 +81,12 @@ def state_table(
     predictor: Predictor, store: pa.Table, batch_users: int, seconds: dict[str, float], strangers: Sequence[str] = ()
 ) -> tuple[pa.Table, int]:
     """-> (user_id, state: what every head reads, D numbers; users without a history)."""
-    return _per_user(predictor, store, batch_users, seconds, strangers, _states)
+
+    def states(user_ids: pa.Array, encoded: EncodedHistories, state_BD: Tensor, seconds: dict[str, float]) -> pa.Table:
+        flat = pa.array(state_BD.float().numpy().ravel())
+        return pa.table({"user_id": user_ids, "state": pa.FixedSizeListArray.from_arrays(flat, state_BD.shape[1])})
+
+    return _per_user(predictor, store, batch_users, seconds, strangers, states)
 
 
 def profile_table(
@@ -97,45 +94,44 @@ def profile_table(
 ) -> tuple[pa.Table, int]:
     """-> (user_id, attribute, value, probability, a row for every value of every attribute or column of interest; users
     without a history)."""
-    return _per_user(predictor, store, batch_users, seconds, strangers, _profiles)
+    names = [(task.key, str(value)) for task in predictor.model.profiles.values() for value in task.classes]
+
+    def profiles(user_ids: pa.Array, encoded: EncodedHistories, state_BD: Tensor, seconds: dict[str, float]) -> pa.Table:
+        with timed(seconds, "heads"):
+            found = predictor.profile_probabilities(state_BD, encoded.visible)
+            probability_BC = torch.cat([found[name] for name in predictor.model.profiles], dim=1).numpy()
+        B = len(user_ids)
+        return pa.table({
+            "user_id": user_ids.take(pa.array(np.repeat(np.arange(B), len(names)))),
+            "attribute": pa.array([a for a, _ in names] * B, pa.string()),
+            "value": pa.array([v for _, v in names] * B, pa.string()),
+            "probability": pa.array(probability_BC.astype(np.float32).ravel()),
+        })  # fmt: skip
+
+    return _per_user(predictor, store, batch_users, seconds, strangers, profiles)
+
+
+Tell = Callable[[pa.Array, EncodedHistories, Tensor, dict[str, float]], pa.Table]
+"""(user ids, their histories, their states, what stages took) -> rows."""
 
 
 def _per_user(
-    predictor: Predictor, store: pa.Table, batch_users: int, seconds: dict[str, float], strangers: Sequence[str], tell: Any
+    predictor: Predictor, store: pa.Table, batch_users: int, seconds: dict[str, float], strangers: Sequence[str], tell: Tell
 ) -> tuple[pa.Table, int]:
-    pieces, fallbacks = [tell(predictor, pa.array([], pa.string()), None, None)], 0
+    """One pass over users, so many at a time -> (what is told of them, users without a history)."""
+    pieces, fallbacks = [], 0
     for user_ids, histories in _blocks(store, strangers, batch_users):
         with timed(seconds, "histories"):
             encoded = predictor.encode_histories(histories())
         with timed(seconds, "states"):
             state_BD = predictor.encode_state(encoded.batch)
-        with timed(seconds, "heads"):
-            pieces.append(tell(predictor, user_ids, state_BD, encoded.visible))
+        pieces.append(tell(user_ids, encoded, state_BD, seconds))
         fallbacks += int((encoded.batch.length_B == 0).sum())
+    if not pieces:  # a shard of nobody has the columns all the same
+        encoded = predictor.encode_histories([History()])
+        one = tell(pa.array([""], pa.string()), encoded, predictor.encode_state(encoded.batch), seconds)
+        pieces.append(one.slice(0, 0))
     return pa.concat_tables(pieces).replace_schema_metadata({"bundle": predictor.fingerprint}), fallbacks
-
-
-def _states(predictor: Predictor, user_ids: pa.Array, state_BD: Any, visible: Any) -> pa.Table:
-    D = predictor.config.model.width
-    flat = pa.array([], pa.float32()) if state_BD is None else pa.array(state_BD.float().numpy().ravel())
-    return pa.table({"user_id": user_ids, "state": pa.FixedSizeListArray.from_arrays(flat, D)})
-
-
-def _profiles(predictor: Predictor, user_ids: pa.Array, state_BD: Any, visible: Any) -> pa.Table:
-    tasks = predictor.model.profiles.values()
-    names = [(task.key, value) for task in tasks for value in task.classes]
-    B = len(user_ids)
-    if state_BD is None:
-        probability = np.zeros(0, np.float32)
-    else:
-        found = predictor.profile_probabilities(state_BD, visible)
-        probability = torch.cat([found[name] for name in predictor.model.profiles], dim=1).numpy().ravel()
-    return pa.table({
-        "user_id": user_ids.take(pa.array(np.repeat(np.arange(B), len(names)))),
-        "attribute": pa.array([a for a, _ in names] * B, pa.string()),
-        "value": pa.array([str(v) for _, v in names] * B, pa.string()),
-        "probability": pa.array(probability.astype(np.float32)),
-    })  # fmt: skip
 
 
 def similar_table(predictor: Predictor, begin: int, end: int, k: int, batch_items: int, seconds: dict[str, float]) -> pa.Table:

@@ -23,6 +23,7 @@ from mtrec_ray.features import MAX_TEXT, FeatureError, TextSpec, hash_texts
 from mtrec_ray.models.features import FeatureEmbedding
 from mtrec_ray.predictor import History, Predictor
 from mtrec_ray.serving import api
+from mtrec_ray.serving.deployments import Stamp, StateEncoder
 from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.training.feed import WindowCache
 from tests import tiny
@@ -151,8 +152,14 @@ def test_another_text_is_another_state_and_its_weights_were_trained(run: TinyRun
     assert not torch.allclose(never, with_texts([None] * n), atol=1e-6)
     assert torch.equal(with_texts([None] * n), state(run.predictor, replace(history, context={})))
     weight = run.predictor.model.tokens.context["review"].linear.weight  # type: ignore[union-attr]
-    torch.manual_seed(run.config.seed)
     assert weight.shape == (16, 16) and weight.abs().mean() > 0.02
+
+
+def test_the_state_encoder_reads_texts_that_the_log_never_had(run: TinyRun) -> None:
+    stage = StateEncoder.func_or_class(str(run.folder / "bundle"))
+    history = History(["i1", "i2"], [0, 1000], {"click": [1, 1]}, {"review": ["odd odd 7", None]})
+    found = stage._encode(Stamp(run.predictor.fingerprint), history)
+    torch.testing.assert_close(found.state_BD[0], state(run.predictor, history))
 
 
 def test_http_takes_a_text_of_an_event_and_refuses_it_of_a_request(run: TinyRun) -> None:
@@ -252,6 +259,8 @@ def test_another_encoder_in_the_place_of_the_bundles_is_refused(run: TinyRun, tm
         predictor = bundle.load(str(run.folder / "bundle"))
         with pytest.raises(EncoderError, match="not those that the bundle was trained with"):
             _ = predictor.event_texts
+        with pytest.raises(EncoderError, match="not those that the bundle was trained with"):  # said when a replica starts
+            StateEncoder.func_or_class(str(run.folder / "bundle"))
     finally:
         shutil.rmtree(kept)
         shutil.copytree(moved, kept)
