@@ -11,7 +11,9 @@ calls these same stages:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections import ChainMap
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,11 +27,12 @@ from torch import Tensor
 from mtrec_ray import item_features
 from mtrec_ray.config import RunConfig
 from mtrec_ray.encoders.event_texts import TextMemory
-from mtrec_ray.features import InputSpec, TextSpec, dense
+from mtrec_ray.features import FIRST, InputSpec, TextSpec, dense
 from mtrec_ray.models.batch import HistoryBatch, collate_history, feature_tensor
 from mtrec_ray.models.recommender import Recommender
-from mtrec_ray.retrieval.exact import NONE, ExactIndex, mask_items, top_k
+from mtrec_ray.retrieval.exact import NONE, ExactIndex
 from mtrec_ray.retrieval.ivf import IvfIndex
+from mtrec_ray.retrieval.live import GrownVectors, LiveIndex
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks.wide import Bags
 
@@ -47,6 +50,10 @@ class UnknownItemError(KeyError):
 
     def __str__(self) -> str:
         return f"item {self.item_id!r} is not in the catalogue"
+
+
+class FilterError(ValueError):
+    """A filter that names an attribute or a value that the catalogue does not have."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,17 @@ class Ranked:
     tasks_BK: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What became of a bundle's catalogue."""
+
+    added_AD: Tensor
+    gone: IntArray
+    """Positions that are in no list, ascending."""
+    before_A: IntArray
+    """Where an added item stood in the bundle's catalogue; NONE for one that is new."""
+
+
 class Predictor:
     """Everything a request needs, in memory.
 
@@ -145,18 +163,17 @@ class Predictor:
         """Item feature -> (N, longest) numbers of its vocabulary."""
         self.item_ids: list[str] = catalogue["item_id"].to_pylist()
         self.titles: list[str] = catalogue["title"].to_pylist()
-        self.position = {item_id: i for i, item_id in enumerate(self.item_ids)}
+        self.position: Mapping[str, int] = {item_id: i for i, item_id in enumerate(self.item_ids)}
         self.item_vec_ND = item_vec_ND.cpu()
-        self._vec_ND = item_vec_ND.to(self.device)
-        self.exact = ExactIndex(self._vec_ND)
-        self.index: ExactIndex | IvfIndex = self.exact if index is None else index
+        on_device = item_vec_ND.to(self.device)
+        self._vec_ND: Tensor | GrownVectors = on_device
+        self.exact: ExactIndex | LiveIndex = ExactIndex(on_device)
+        self.index: ExactIndex | IvfIndex | LiveIndex = self.exact if index is None else index
         count_N = torch.from_numpy(catalogue["count"].to_numpy().astype(np.float32))
         self.trained_events = int(count_N.sum())  # training events that are history; what popularity counts
         self.popularity_N = count_N / count_N.sum().clamp(min=1)
-        with torch.no_grad():
-            similarity = model.similarity
-            normalised = torch.nn.functional.normalize(self.item_vec_ND, dim=-1)
-            self.similar_vec_ND = normalised if similarity is None else similarity.vectors(self._vec_ND).cpu()
+        self._popular: IntArray | None = None
+        self._base, self._changes = self, None  # type: tuple[Predictor, Changes | None]
         fixed = [spec for spec in schema.request_features if spec.at_inference is not None]
         self.fixed = {spec.name: feature_tensor(dense(spec.encode([spec.at_inference]))) for spec in fixed}
         self.final_weights = {
@@ -165,14 +182,97 @@ class Predictor:
         }
         self.retrieval_name = config.retrieval_task
 
+    # ------------------------------------------------------------------ changes to the catalogue
+
+    @torch.no_grad()
+    def with_changes(
+        self,
+        joined: pa.Table | None = None,
+        text_AE: Tensor | None = None,
+        removed: Collection[str] = (),
+        blocked: Collection[str] = (),
+    ) -> Predictor:
+        """A predictor for the bundle's catalogue with all of these changes; this one stays as it is. Weights, vectors and index
+        are shared.
+
+        joined: rows of a catalogue (item_id, title, feature_NAME as numbers); an id that is there already gets another text and
+        keeps its learned residual. text_AE: their text vectors, of unit length. removed: ids that are known no more; blocked:
+        ids that are in no list, but stay what they are in histories. Ids that are unknown change nothing.
+        Raises ValueError for a model that reads no texts: it cannot tell what a new item is.
+        """
+        base = self._base
+        new, N = copy.copy(base), len(base.item_ids)
+        new.__dict__.pop("_similar_index", None)
+        ids: list[str] = [] if joined is None else joined["item_id"].to_pylist()
+        if len(set(ids)) < len(ids):
+            raise ValueError("an item joins twice")
+        before_A = np.array([base.position.get(i, NONE) for i in ids], dtype=np.int64)
+        vec_AD = self.item_vec_ND.new_zeros(0, self.item_vec_ND.shape[1])
+        if joined is not None and ids:
+            if text_AE is None or self.model.item_tower.text is None:
+                raise ValueError("items without training events are known by their texts, and this model reads none; train again")
+            vec_AD = self.model.item_tower.with_texts(text_AE.to(self.device), torch.from_numpy(before_A).to(self.device))
+            new.item_ids, new.titles = [*base.item_ids, *ids], [*base.titles, *joined["title"].to_pylist()]
+            new.item_codes = {n: _below(c, item_features.codes(joined, n)) for n, c in base.item_codes.items()}
+        place = {item_id: N + i for i, item_id in enumerate(ids)}
+        new.position = ChainMap(dict.fromkeys(removed, NONE), place, base.position)  # type: ignore[arg-type]
+        places = [p for i in {*removed, *blocked} for p in (place.get(i), base.position.get(i)) if p is not None]
+        gone = np.unique(np.concatenate([before_A[before_A != NONE], np.array(places, dtype=np.int64)]))
+        new._changes = Changes(vec_AD, gone, before_A)
+        vec_AD = vec_AD.to(self.device)
+        new._vec_ND = GrownVectors(base._vec_ND, vec_AD)  # type: ignore[arg-type]
+        new.exact, new.index = LiveIndex(base.exact, vec_AD, gone), LiveIndex(base.index, vec_AD, gone)  # type: ignore[arg-type]
+        known = torch.from_numpy(before_A != NONE)
+        popularity_A = torch.where(known, base.popularity_N[torch.from_numpy(before_A.clip(min=0))], torch.zeros(len(ids)))
+        new.popularity_N, new._popular = torch.cat([base.popularity_N, popularity_A]), None
+        return new
+
+    @torch.no_grad()
+    def _similar(self, vec_ND: Tensor) -> Tensor:
+        """Item vectors -> unit vectors whose products are similarities, on the CPU."""
+        similarity = self.model.similarity
+        return (torch.nn.functional.normalize(vec_ND, dim=-1) if similarity is None else similarity.vectors(vec_ND)).cpu()
+
+    @cached_property
+    def similar_vec_ND(self) -> Tensor:
+        """Of the bundle's catalogue; made when similar items are first asked for."""
+        return self._similar(self.item_vec_ND.to(self.device))
+
+    @cached_property
+    def _similar_index(self) -> tuple[ExactIndex | LiveIndex, Tensor | GrownVectors]:
+        base_ND = self._base.similar_vec_ND
+        if self._changes is None:
+            return ExactIndex(base_ND), base_ND
+        added_AD = self._similar(self._changes.added_AD.to(self.device))
+        index = LiveIndex(ExactIndex(base_ND), added_AD, self._changes.gone)
+        return index, GrownVectors(base_ND, added_AD)
+
     # ------------------------------------------------------------------ ids and integers
 
     def items(self, item_ids: Sequence[str]) -> IntArray:
         """Ids -> catalogue positions. Raises UnknownItemError."""
-        try:
-            return np.array([self.position[i] for i in item_ids], dtype=np.int64)
-        except KeyError as error:
-            raise UnknownItemError(error.args[0]) from None
+        found = np.array([self.position.get(i, NONE) for i in item_ids], dtype=np.int64)
+        if (found == NONE).any():
+            raise UnknownItemError(item_ids[int(np.argmax(found == NONE))])
+        return found
+
+    def allowed(self, where: Mapping[str, Sequence[str]]) -> NDArray[np.bool_]:
+        """Items that have, for every attribute named, one of the values -> (N,). Attributes are `data.item_features`.
+
+        Raises FilterError.
+        """
+        allowed_N = np.ones(len(self.item_ids), bool)
+        specs = {spec.name: spec for spec in self.schema.item_features}
+        for name, values in where.items():
+            if name not in specs:
+                raise FilterError(f"{name!r} is no attribute of items; known are {sorted(specs)} (data.item_features)")
+            known = specs[name].values
+            strange = sorted(set(values) - set(known))
+            if strange:
+                raise FilterError(f"{name}: no item has {strange[0]!r}; some that items have: {list(known[:10])}")
+            asked = [known.index(v) + FIRST for v in values]
+            allowed_N &= np.isin(self.item_codes[name], asked).any(1)
+        return allowed_N
 
     def encode_histories(self, histories: Sequence[History]) -> EncodedHistories:
         """The last L - 1 known events of each history, as integers. Items that the catalogue lacks are left
@@ -260,18 +360,35 @@ class Predictor:
         score_BN = self.exact.scores(self.model.retrieval.query(state_BD.to(self.device))).cpu()
         return torch.where(popular_B[:, None], self.popularity_N, score_BN), popular_B
 
-    def retrieve(self, state_BD: Tensor, length_B: Tensor, seen: Sequence[IntArray], k: int) -> Candidates:
-        """States -> the best max(k, K) items that are not excluded."""
+    def retrieve(
+        self, state_BD: Tensor, length_B: Tensor, seen: Sequence[IntArray], k: int, allowed_N: NDArray[np.bool_] | None = None
+    ) -> Candidates:
+        """States -> the best max(k, K) items that are not excluded. allowed_N: no others (None: all are)."""
         self.config.require_retrieval("ranking items")
         k = max(k, self.config.ranking.candidates)
         with torch.no_grad():
-            item_BK, logit_BK = self.index.search(self.model.retrieval.query(state_BD.to(self.device)), k, seen)
+            item_BK, logit_BK = self.index.search(self.model.retrieval.query(state_BD.to(self.device)), k, seen, allowed_N)
         popular_B = length_B == 0
         if popular_B.any():
             rows = torch.nonzero(popular_B)[:, 0]
-            popular = self.popularity_N.repeat(len(rows), 1)
-            item_BK[rows], logit_BK[rows] = top_k(mask_items(popular, [seen[r] for r in rows.tolist()]), k)
+            item_BK[rows] = self._most_popular([seen[r] for r in rows.tolist()], item_BK.shape[1], allowed_N)
+            share = self.popularity_N[item_BK[rows].clamp(min=0)]
+            logit_BK[rows] = torch.where(item_BK[rows] == NONE, float("-inf"), share)
         return Candidates(item_BK, logit_BK, popular_B)
+
+    def _most_popular(self, seen: Sequence[IntArray], k: int, allowed_N: NDArray[np.bool_] | None) -> Tensor:
+        """The k most popular items that are left to each -> item_BK, ties by position."""
+        if self._popular is None:
+            self._popular = torch.argsort(self.popularity_N, descending=True, stable=True).numpy()
+            if isinstance(self.index, LiveIndex):
+                self._popular = self._popular[~np.isin(self._popular, self.index.gone)]
+        order = self._popular if allowed_N is None else self._popular[allowed_N[self._popular]]
+        item_BK = np.full((len(seen), k), NONE, dtype=np.int64)
+        for row, items in enumerate(seen):
+            some = order[: k + len(items)]
+            left = some[~np.isin(some, items)][:k]
+            item_BK[row, : len(left)] = left
+        return torch.from_numpy(item_BK)
 
     @torch.no_grad()
     def score(self, state_BD: Tensor, item_BK: Tensor, context_B: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -337,16 +454,20 @@ class Predictor:
         histories: Sequence[History],
         k: int,
         contexts: Sequence[Mapping[str, object]] | None = None,
+        where: Mapping[str, Sequence[str]] | None = None,
     ) -> list[dict[str, Any]]:
-        """Top k for each history -> [{"items": [{"item_id", "title", "score", "tasks"}], "degraded"}]."""
+        """Top k for each history -> [{"items": [{"item_id", "title", "score", "tasks"}], "degraded"}]. where: as of `allowed`."""
         encoded = self.encode_histories(histories)
-        ranked = self.rank(encoded, k, self.encode_context(contexts or [{}] * len(histories)))
+        allowed_N = self.allowed(where) if where else None
+        ranked = self.rank(encoded, k, self.encode_context(contexts or [{}] * len(histories)), allowed_N)
         return self.answers(ranked, encoded.degraded)
 
-    def rank(self, encoded: EncodedHistories, k: int, context_B: dict[str, Tensor]) -> Ranked:
+    def rank(
+        self, encoded: EncodedHistories, k: int, context_B: dict[str, Tensor], allowed_N: NDArray[np.bool_] | None = None
+    ) -> Ranked:
         """The four stages on integers."""
         state_BD = self.encode_state(encoded.batch)
-        candidates = self.retrieve(state_BD, encoded.batch.length_B, encoded.seen, k)
+        candidates = self.retrieve(state_BD, encoded.batch.length_B, encoded.seen, k, allowed_N)
         return self.finalise(candidates, self.score(state_BD, candidates.item_BK, context_B), k)
 
     def answers(self, ranked: Ranked, degraded: list[list[str]]) -> list[dict[str, Any]]:
@@ -378,9 +499,13 @@ class Predictor:
         return self.scored_answer(item_BK, logit_BK, popular_B, predictions, encoded.degraded[0])
 
     def logits_of(self, state_BD: Tensor, length_B: Tensor, item_BK: Tensor) -> tuple[Tensor, Tensor]:
-        """Retrieval scores of given items -> (logit_BK, popular_B)."""
-        score_BN, popular_B = self.retrieval_scores(state_BD, length_B)
-        return score_BN.gather(1, item_BK), popular_B
+        """Retrieval scores of given items -> (logit_BK, popular_B). Raises NoRetrievalError."""
+        self.config.require_retrieval("ranking items")
+        popular_B = length_B == 0
+        with torch.no_grad():
+            query_BD1 = self.model.retrieval.query(state_BD.to(self.device))[:, :, None]
+            logit_BK = torch.bmm(self._vec_ND[item_BK.to(self.device)], query_BD1)[:, :, 0].cpu()
+        return torch.where(popular_B[:, None], self.popularity_N[item_BK], logit_BK), popular_B
 
     def scored_answer(
         self, item_BK: Tensor, logit_BK: Tensor, popular_B: Tensor, predictions: dict[str, Tensor], degraded: list[str]
@@ -393,17 +518,21 @@ class Predictor:
     def similar(self, item_id: str, k: int, exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Items most like one item -> [{"item_id", "title", "score"}], cosine. Raises UnknownItemError."""
         item = self.items([item_id])
-        banned = np.unique(np.concatenate([item, self.items(exclude)]))
-        item_K, score_K = (t[0].tolist() for t in top_k(mask_items(self.similar_scores(item), [banned]), k))
+        item_1K, score_1K = self.similar_to(item, k, [np.unique(np.concatenate([item, self.items(exclude)]))])
         return [
             {"item_id": self.item_ids[i], "title": self.titles[i], "score": s}
-            for i, s in zip(item_K, score_K, strict=True)
+            for i, s in zip(item_1K[0].tolist(), score_1K[0].tolist(), strict=True)
             if i != NONE
         ]
 
+    def similar_to(self, item_B: IntArray, k: int, exclude: Sequence[IntArray]) -> tuple[Tensor, Tensor]:
+        """The items of the largest cosine with some items -> (item_BK, score_BK), NONE where there are fewer."""
+        index, vectors = self._similar_index
+        return index.search(vectors[torch.from_numpy(item_B)], k, exclude)
+
     @torch.no_grad()
     def similar_scores(self, item_B: IntArray) -> Tensor:
-        """Cosine of some items with all -> score_BN."""
+        """Cosine of some items with all of the bundle's catalogue -> score_BN."""
         return self.similar_vec_ND[torch.from_numpy(item_B)] @ self.similar_vec_ND.T
 
     def profile(self, history: History) -> dict[str, Any]:
@@ -427,13 +556,23 @@ class Predictor:
         """Task name -> probability per class, (B, classes). visible: of EncodedHistories."""
         if not self.model.profiles:
             return {}
-        bags, state_BD = Bags.of_lists(visible).to(self.device), state_BD.to(self.device)
+        bags = Bags.of_lists([self._as_trained(items) for items in visible]).to(self.device)
+        state_BD = state_BD.to(self.device)
         return {name: torch.softmax(task.logits(state_BD, bags), dim=-1).cpu() for name, task in self.model.profiles.items()}
+
+    def _as_trained(self, items: IntArray) -> IntArray:
+        """Positions in the bundle's catalogue; items that joined it are left out."""
+        if self._changes is None:
+            return items
+        N = len(self._base.item_ids)
+        before = self._changes.before_A[items[items >= N] - N]
+        return np.union1d(items[items < N], before[before != NONE])
 
     @torch.no_grad()
     def item_probabilities(self) -> dict[str, Tensor]:
-        """Task that tells something of items -> probability per class, (N, classes)."""
-        return {name: task.item_probabilities(self._vec_ND).cpu() for name, task in self.model.item_tasks.items()}
+        """Task that tells something of items -> probability per class, (N, classes) of the bundle's catalogue."""
+        vec_ND = self.item_vec_ND.to(self.device)
+        return {name: task.item_probabilities(vec_ND).cpu() for name, task in self.model.item_tasks.items()}
 
     @torch.no_grad()
     def item_attributes(self, item_id: str) -> dict[str, dict[str, float]]:
@@ -441,3 +580,9 @@ class Predictor:
         vec_1D = self._vec_ND[torch.from_numpy(self.items([item_id])).to(self.device)]
         found = {t.column: (t.classes, t.item_probabilities(vec_1D)[0].tolist()) for t in self.model.item_tasks.values()}
         return {column: dict(zip(classes, values, strict=True)) for column, (classes, values) in found.items()}
+
+
+def _below(code_NL: IntArray, more_AM: IntArray) -> IntArray:
+    """Rows of numbers below others, the shorter filled with 0."""
+    width = max(code_NL.shape[1], more_AM.shape[1])
+    return np.concatenate([np.pad(c, ((0, 0), (0, width - c.shape[1]))) for c in (code_NL, more_AM)])

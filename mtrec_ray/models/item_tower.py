@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,12 @@ from torch.nn import functional as F
 
 from mtrec_ray.config import ModelConfig
 from mtrec_ray.hashing import GOLDEN, mix
+
+
+class ItemLookup(Protocol):
+    """Item vectors by catalogue position: positions of any shape -> shape + (D,)."""
+
+    def __getitem__(self, item: Tensor, /) -> Tensor: ...
 
 
 @dataclass
@@ -87,6 +94,14 @@ class ItemTower(nn.Module):
         if missing > 0:
             residual_ND = torch.cat([residual_ND, residual_ND.new_zeros(missing, residual_ND.shape[1])])
         return self._with_text(residual_ND, None if text_NE is None else text_NE[:n_items])
+
+    def with_texts(self, text_UE: Tensor, item_U: Tensor) -> Tensor:
+        """Inference: vectors of items by other texts than in training. item_U: their catalogue positions; what is not in the
+        training catalogue (-1 too) has no residual."""
+        trained = (item_U >= 0) & (item_U < self.n_train_items)
+        residual_UD = text_UE.new_zeros(len(item_U), self.residual.table.weight.shape[1])
+        residual_UD[trained] = self.residual(item_U[trained])
+        return self._with_text(residual_UD, text_UE)
 
     def train_vectors(self, text_UE: Tensor | None, item_U: Tensor | None, step: int) -> ItemVectors:
         """Training: vectors of some training items (ascending), None for all of them, at a step. text_UE: theirs."""

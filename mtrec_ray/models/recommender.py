@@ -14,7 +14,7 @@ from mtrec_ray.config import RunConfig
 from mtrec_ray.models.batch import Batch, HistoryBatch
 from mtrec_ray.models.chains import Chains
 from mtrec_ray.models.features import FeatureEmbedding
-from mtrec_ray.models.item_tower import ItemTower, ItemVectors
+from mtrec_ray.models.item_tower import ItemLookup, ItemTower
 from mtrec_ray.models.sharing import build_sharing
 from mtrec_ray.models.tokens import EventTokens
 from mtrec_ray.models.trunks import build_trunk
@@ -166,11 +166,11 @@ class Recommender(nn.Module):
         """Vectors of the whole catalogue at inference -> item_vec_ND."""
         return self.item_tower(self.text_NE, self.schema.n_items)  # type: ignore[no-any-return]
 
-    def states(self, item_vec_ND: Tensor | ItemVectors, history: HistoryBatch) -> Tensor:
+    def states(self, item_vec_ND: ItemLookup, history: HistoryBatch) -> Tensor:
         """Histories -> state_BLD."""
         return self.trunk(self.tokens(item_vec_ND[history.item_BS], history), history.time_BS).float()  # type: ignore[no-any-return]
 
-    def encode(self, item_vec_ND: Tensor, history: HistoryBatch) -> Tensor:
+    def encode(self, item_vec_ND: ItemLookup, history: HistoryBatch) -> Tensor:
         """Histories -> the state after each one's last event, state_BD."""
         state_BLD = self.states(item_vec_ND, history)
         return state_BLD[torch.arange(len(history), device=state_BLD.device), history.length_B]  # type: ignore[no-any-return]

@@ -108,15 +108,38 @@ class ExactIndex:
         """score_BN."""
         return query_BD @ self.item_vec_ND.T
 
-    def search(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+    def search(
+        self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]], allowed_N: NDArray[np.bool_] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Best k items of each row that are not excluded -> (item_BK, score_BK) on the CPU, min(k, N) wide, NONE where a row has
-        fewer."""
+        fewer.
+
+        exclude: catalogue positions of each row, ascending; allowed_N: no row gets other items; None: all are.
+        """
         B, k = len(query_BD), min(k, len(self))
         if not k:
             return torch.zeros(B, 0, dtype=torch.int64), torch.zeros(B, 0)
+        if allowed_N is not None:
+            return self._filtered(query_BD, k, exclude, allowed_N)
         search = self._search if self.selects and B >= FEW else self._sort
         found = [search(query_BD[b : b + AT_ONCE], k, exclude[b : b + AT_ONCE]) for b in range(0, max(B, 1), AT_ONCE)]
         return torch.cat([item for item, _ in found]), torch.cat([score for _, score in found])
+
+    def _filtered(
+        self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]], allowed_N: NDArray[np.bool_]
+    ) -> tuple[Tensor, Tensor]:
+        """The allowed items are a catalogue of their own, unless that costs a single query more than a look at all of them."""
+        position = np.flatnonzero(allowed_N)
+        if len(query_BD) < FEW and 2 * len(position) > len(self):
+            score_BN = self.scores(query_BD).cpu()
+            score_BN[:, torch.from_numpy(~allowed_N)] = float("-inf")
+            return top_k(mask_items(score_BN, exclude), k)
+        part = ExactIndex(self.item_vec_ND[torch.from_numpy(position).to(self.item_vec_ND.device)])
+        inside = [np.searchsorted(position, items[allowed_N[items]]) for items in exclude]
+        item_BK, score_BK = part.search(query_BD, k, inside)
+        item_BK = torch.where(item_BK == NONE, NONE, torch.from_numpy(np.append(position, NONE))[item_BK])
+        more = (0, k - item_BK.shape[1])
+        return torch.nn.functional.pad(item_BK, more, value=NONE), torch.nn.functional.pad(score_BK, more, value=float("-inf"))
 
     def _sort(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
         return top_k(mask_items(self.scores(query_BD).cpu(), exclude), k)
@@ -132,11 +155,11 @@ class ExactIndex:
 
     def sort_rows(
         self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]], rows_B: NDArray[np.bool_],
-        item_BK: NDArray[np.int64], score_BK: NDArray[np.float32],
+        item_BK: NDArray[np.int64], score_BK: NDArray[np.float32], allowed_N: NDArray[np.bool_] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Put the full sort's answer into some rows."""
+        """Put the exact answer into some rows."""
         for row in np.flatnonzero(rows_B).tolist():
-            item, score = self._sort(query_BD[row : row + 1], k, exclude[row : row + 1])
+            item, score = self.search(query_BD[row : row + 1], k, exclude[row : row + 1], allowed_N)
             item_BK[row], score_BK[row] = item[0].numpy(), score[0].numpy()
         return torch.from_numpy(item_BK), torch.from_numpy(score_BK)
 
@@ -167,6 +190,14 @@ def pick(
     there = np.take_along_axis(allowed_BF, place, 1)
     item_BK[~there], score_BK[~there] = NONE, float("-inf")
     return item_BK, score_BK, ~there[:, -1] & (item_BF.shape[1] < N)
+
+
+def merge(found: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """What was found in parts of a catalogue, by the catalogue's positions -> the best k of all, ties by position."""
+    item_BM, score_BM = torch.cat([item for item, _ in found], 1), torch.cat([score for _, score in found], 1)
+    by_item = torch.argsort(item_BM, dim=1, stable=True)
+    order = by_item.gather(1, torch.argsort(score_BM.gather(1, by_item), dim=1, descending=True, stable=True))[:, :k]
+    return item_BM.gather(1, order), score_BM.gather(1, order)
 
 
 def inner_products(

@@ -44,27 +44,44 @@ class IvfIndex:
     def __len__(self) -> int:
         return len(self.exact)
 
-    def search(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
-        """As ExactIndex.search, and as complete: a row that the lists leave with fewer than k items is searched exactly."""
+    def search(
+        self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]], allowed_N: NDArray[np.bool_] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ExactIndex.search, and as complete: a row that the lists leave with fewer than k items is searched exactly.
+
+        Behind a filter a query looks into as many more lists as leaves it as many allowed items to look at; a filter that
+        allows no more than that is a small catalogue, searched exactly.
+        """
         import faiss
 
-        query_BD, k = query_BD.cpu(), min(k, len(self))
+        query_BD, k, probes = query_BD.cpu(), min(k, len(self)), self.probes
         if not k or not len(query_BD):
             return torch.zeros(len(query_BD), k, dtype=torch.int64), torch.zeros(len(query_BD), k)
+        if allowed_N is not None:
+            share = float(allowed_N.mean())
+            if share * self.lists.nlist <= self.probes:
+                return self.exact.search(query_BD, k, exclude, allowed_N)
+            probes = min(math.ceil(self.probes / share), self.lists.nlist)
         faiss.omp_set_num_threads(torch.get_num_threads())
         found = []
         for begin in range(0, len(query_BD), AT_ONCE):
             query, out = query_BD[begin : begin + AT_ONCE], exclude[begin : begin + AT_ONCE]
-            score_BF, item_BF = self.near(query, fetched(k, out, len(self)), self.probes)
+            score_BF, item_BF = self.near(query, fetched(k, out, len(self)), probes, allowed_N)
             item_BK, score_BK, unsettled = pick(score_BF, item_BF, k, out, len(self))
             unsettled |= ~np.isfinite(query.numpy()).all(1)
-            found.append(self.exact.sort_rows(query, k, out, unsettled, item_BK, score_BK))
+            found.append(self.exact.sort_rows(query, k, out, unsettled, item_BK, score_BK, allowed_N))
         return torch.cat([item for item, _ in found]), torch.cat([score for _, score in found])
 
-    def near(self, query_BD: Tensor, k: int, probes: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The k best in so many lists, descending -> (score_BK, item_BK), -1 where there are fewer."""
-        self.lists.nprobe = probes
-        _, item_BF = self.lists.search(np.ascontiguousarray(query_BD.numpy()), min(RESCORED * k, len(self)))
+    def near(
+        self, query_BD: Tensor, k: int, probes: int, allowed_N: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k best allowed ones in so many lists, descending -> (score_BK, item_BK), -1 where there are fewer."""
+        import faiss
+
+        bits = None if allowed_N is None else np.packbits(allowed_N, bitorder="little")
+        selector = None if bits is None else faiss.IDSelectorBitmap(bits)  # type: ignore[call-arg, arg-type]
+        how = faiss.SearchParametersIVF(nprobe=probes, sel=selector)  # type: ignore[call-arg]
+        _, item_BF = self.lists.search(np.ascontiguousarray(query_BD.numpy()), min(RESCORED * k, len(self)), params=how)
         score_BF = torch.bmm(self.exact.item_vec_ND[torch.from_numpy(item_BF)], query_BD[:, :, None])[:, :, 0].numpy()
         score_BF[item_BF < 0] = -np.inf  # -1 took the last item's vector
         order = np.argsort(-score_BF, axis=1, kind="stable")[:, :k]
@@ -114,15 +131,9 @@ def build_ivf(
     vectors = np.ascontiguousarray(item_vec_ND.cpu().numpy())
     if not np.isfinite(vectors).all():
         raise ValueError("item vectors contain NaN or infinity: the model is broken")
-    N, D = vectors.shape
-    n_lists, k = list_count(N, lists), min(k, N)
-    kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(D), D, n_lists, kind, metric, False)
-    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed + 1, 10, 1
+    n_lists, k = list_count(len(vectors), lists), min(k, len(vectors))
     faiss.omp_set_num_threads(torch.get_num_threads())
-    index.train(vectors)
-    index.add(vectors)
-    found = IvfIndex(index, item_vec_ND, 1)
+    found = IvfIndex(_divided(vectors, n_lists, seed), item_vec_ND, 1)
     tuning, judging = query_QD.cpu()[::2], query_QD.cpu()[1::2]
     truth = _items(found.exact, tuning, k)
     probes = 1
@@ -144,6 +155,23 @@ def build_ivf(
             f"{min_recall}; raise index.recall, or set index.kind: exact"
         )
     return found
+
+
+def _divided(vector_ND: NDArray[np.float32], n_lists: int, seed: int) -> Any:
+    """The lists. An item is in that of the nearest centre, and a query looks where its inner product with the centre is largest:
+    with inner products on both sides the longest centres draw most items, and every query."""
+    import faiss
+
+    D = vector_ND.shape[1]
+    means = faiss.Kmeans(D, n_lists, niter=10, seed=seed + 1, min_points_per_centroid=1, max_points_per_centroid=64)
+    means.train(vector_ND)
+    nearest = np.ascontiguousarray(means.index.search(vector_ND, 1)[1][:, 0])
+    centres = faiss.IndexFlatIP(D)
+    centres.add(np.asarray(means.centroids))
+    lists = faiss.IndexIVFScalarQuantizer(centres, D, n_lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT, False)
+    lists.train(vector_ND)  # the eight bits; the centres are there
+    lists.add_core(len(vector_ND), faiss.swig_ptr(vector_ND), None, faiss.swig_ptr(nearest))
+    return lists
 
 
 def recall_of(index: IvfIndex, query_QD: Tensor, truth_QK: NDArray[np.int64], probes: int) -> float:

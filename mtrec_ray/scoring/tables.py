@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtrec_ray.predictor import EncodedHistories, History, Predictor
-from mtrec_ray.retrieval.exact import NONE, ExactIndex
+from mtrec_ray.retrieval.exact import NONE
 from mtrec_ray.serving.history import histories_from_table
 
 FOLDERS = {"lists": "scores", "states": "states", "profiles": "profiles", "similar": "similar"}
@@ -136,11 +136,11 @@ def _per_user(
 
 def similar_table(predictor: Predictor, begin: int, end: int, k: int, batch_items: int, seconds: dict[str, float]) -> pa.Table:
     """Items from one catalogue position to another -> (item_id, similar_item_id, rank, score: cosine), itself left out."""
-    ids, index, pieces = pa.array(predictor.item_ids, pa.string()), ExactIndex(predictor.similar_vec_ND), []
+    ids, pieces = pa.array(predictor.item_ids, pa.string()), []
     for start in range(begin, max(end, begin + 1), batch_items):
         items = np.arange(start, min(start + batch_items, end))
         with timed(seconds, "retrieve"):
-            item_BK, score_BK = index.search(predictor.similar_vec_ND[torch.from_numpy(items)], k, [np.array([i]) for i in items])
+            item_BK, score_BK = predictor.similar_to(items, k, [np.array([i]) for i in items])
         B, K = item_BK.shape
         keep = (item_BK.numpy() != NONE).ravel()
         pieces.append(pa.table({
