@@ -62,7 +62,7 @@ def test_the_approximate_index_keeps_k_filled_and_its_recall_behind_a_filter(bui
     regions = direction.numpy() > np.quantile(direction.numpy(), 1 - share)
     seen = [np.flatnonzero(rng.random(12_000) < 0.005) for _ in range(200)]
     for allowed in (rng.random(12_000) < share, regions if share else np.zeros(12_000, bool)):
-        item, score = index.search(queries, 50, seen, allowed)
+        item, _ = index.search(queries, 50, seen, allowed)
         expected = sorted_answer(items, queries, 50, seen, allowed)
         assert ((item == NONE) == (expected[0] == NONE)).all()
         there = item[item != NONE].numpy()
