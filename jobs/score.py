@@ -1,7 +1,8 @@
-"""Score in batch: every user's top list, state or profile, or every item's similar items; or prove what is there.
+"""Score in batch: every user's top list, state or profile, given pairs, or every item's similar items; prove or export what is there.
 
 python -m jobs.score --config jobs/configs/ml100k.yaml --out runs/ml100k [--what similar] [key=value ...]
 python -m jobs.score --verify runs/ml100k [--what similar]
+python -m jobs.score --export runs/ml100k --to lists (a directory: JSON lines) or redis://HOST:PORT/0
 
 A killed run goes on with the shards that are missing. `--verify` reads every shard again: checksums, counts, ranks, nobody twice.
 """
@@ -15,6 +16,7 @@ from jobs.command import USER_ERRORS, plain, show_log
 from mtrec_ray import runtime, storage
 from mtrec_ray.config import load_config
 from mtrec_ray.pipeline import Run, run_stages
+from mtrec_ray.scoring.export import to_jsonl, to_redis
 from mtrec_ray.scoring.shards import verify
 from mtrec_ray.scoring.tables import FOLDERS
 
@@ -26,6 +28,15 @@ def prove(run: str, what: str = "lists") -> None:
     print(f"verified: {who}, {counts['rows']} rows, {counts['bytes']} bytes")
 
 
+def export(run: str, what: str, to: str) -> None:
+    """Write a published output in another form. Raises VerifyError, ExportError."""
+    root = storage.join(storage.absolute(run), FOLDERS[what])
+    if to.startswith(("redis://", "rediss://", "unix://")):
+        print(f"exported: {to_redis(root, to)} keys")
+    else:
+        print(f"exported: {to_jsonl(root, storage.absolute(to))} lines to {to}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 with one message on standard error for a mistake that the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m jobs.score", description="Score in batch, or prove what is there.")
@@ -33,15 +44,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", help="run directory or URI (default runs/NAME with the config's name)")
     parser.add_argument("--what", choices=list(FOLDERS), default="lists", help="default: lists, into scores/")
     parser.add_argument("--verify", metavar="RUN", help="read an output of this run again instead")
+    parser.add_argument("--export", metavar="RUN", help="write an output of this run in another form instead")
+    parser.add_argument("--to", help="of --export: a directory for JSON lines, or the URL of Redis or Valkey")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", help="key.path=value, such as scoring.workers=4")
     args = parser.parse_args(argv)
-    if (args.config is None) == (args.verify is None):
-        parser.error("give either --config or --verify")
+    if [args.config, args.verify, args.export].count(None) != 2:
+        parser.error("give one of --config, --verify and --export")
+    if (args.export is None) != (args.to is None):
+        parser.error("--export RUN needs --to TARGET, and nothing else does")
     show_log()
     try:
         if args.verify is not None:
             prove(args.verify, args.what)
+            return 0
+        if args.export is not None:
+            export(args.export, args.what, args.to)
             return 0
         config = load_config(args.config, args.overrides)
         out = args.out or f"runs/{config.name}"

@@ -21,17 +21,20 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.retrieval.ivf import IvfIndex
+from mtrec_ray.retrieval.reduced import ReducedIndex
 from mtrec_ray.schema import LogSchema
 
-LISTS = "index.faiss"
+LISTS, VECTORS = "index.faiss", "items.safetensors"
 _UNHASHED = ("metrics.json", "fingerprint.json")
 
 
@@ -46,7 +49,7 @@ def write(
     catalogue: pa.Table,
     model: Recommender,
     text_encoder: dict[str, Any] | None,
-    index: IvfIndex | None = None,
+    index: IvfIndex | ReducedIndex | None = None,
 ) -> str:
     """Write an unpublished bundle that `load(prefix)` can already read -> its fingerprint.
 
@@ -61,10 +64,10 @@ def write(
         "schema.json": schema.model_dump_json(indent=1).encode(),
         "text_encoder.json": json.dumps({"encoder": text_encoder, "width": text_width}, sort_keys=True).encode(),
         "weights.safetensors": save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}),
-        "items.safetensors": save_tensors({"item_vec_ND": item_vec_ND.contiguous()}),
+        VECTORS: save_tensors({"item_vec_ND": item_vec_ND.contiguous()}),
         "index.json": json.dumps({"kind": "exact"} if index is None else {"kind": index.kind, **index.facts}).encode(),
     }
-    if index is not None:
+    if isinstance(index, IvfIndex):
         files[LISTS] = index.save()
     for name, content in files.items():
         storage.write_bytes(storage.join(prefix, name), content)
@@ -84,18 +87,33 @@ def compute_fingerprint(prefix: str) -> str:
     return storage.fingerprint({"schema_version": storage.SCHEMA_VERSION, "files": hashes})
 
 
-def load(uri: str, verify: bool = True) -> Predictor:
+def prefix_of(uri: str) -> str:
+    """Where the files of a bundle are. Raises BundleError."""
+    if storage.exists(storage.join(uri, "fingerprint.json")):
+        return uri
+    try:
+        return storage.Directory(uri).prefix
+    except storage.StorageError as error:
+        raise BundleError(f"no bundle: {error}; python -m jobs.pipeline makes one") from None
+
+
+def item_vectors(uri: str, begin: int = 0, end: int | None = None) -> Tensor:
+    """item_vec_ND from one catalogue position to another. A local bundle's are memory-mapped: processes of a machine share
+    them, and no more is read than is looked at."""
+    file = storage.join(prefix_of(uri), VECTORS)
+    if not storage.is_local(file):
+        return load_tensors(storage.read_bytes(file))["item_vec_ND"][begin:end]
+    with safe_open(storage.resolve(file)[1], framework="pt") as tensors:
+        return tensors.get_slice("item_vec_ND")[begin:end] if begin or end is not None else tensors.get_tensor("item_vec_ND")
+
+
+def load(uri: str, verify: bool = True, device: str = "cpu") -> Predictor:
     """A predictor from a published bundle (`runs/NAME/bundle`) or from an unpublished prefix.
 
-    verify: hash the files and compare with the fingerprint.
+    verify: hash the files and compare with the fingerprint. device: where the model works.
     Raises BundleError, saying what is wrong.
     """
-    prefix = uri
-    if not storage.exists(storage.join(uri, "fingerprint.json")):
-        try:
-            prefix = storage.Directory(uri).prefix
-        except storage.StorageError as error:
-            raise BundleError(f"no bundle: {error}; python -m jobs.pipeline makes one") from None
+    prefix = prefix_of(uri)
     stated = storage.read_json(storage.join(prefix, "fingerprint.json"))
     if stated.get("schema_version") != storage.SCHEMA_VERSION:
         raise BundleError(f"{prefix}: schema_version {stated.get('schema_version')!r}, this version reads {storage.SCHEMA_VERSION}")
@@ -112,10 +130,13 @@ def load(uri: str, verify: bool = True) -> Predictor:
     width = text["width"]
     model = Recommender(config, schema, torch.zeros(0, width) if width else None)
     model.load_state_dict(load_tensors(read("weights.safetensors")))
-    item_vec_ND = load_tensors(read("items.safetensors"))["item_vec_ND"]
-    facts, index = json.loads(read("index.json")), None
+    item_vec_ND = item_vectors(prefix).to(device)
+    facts = json.loads(read("index.json"))
+    index: IvfIndex | ReducedIndex | None = None
+    if "precision" in facts:
+        index = ReducedIndex(item_vec_ND, facts["precision"], facts)
     if facts["kind"] == IvfIndex.kind:
         lists = storage.join(prefix, LISTS)
         content = Path(storage.resolve(lists)[1]) if storage.is_local(prefix) else storage.read_bytes(lists)
         index = IvfIndex.load(content, item_vec_ND, facts)
-    return Predictor(config, schema, catalogue, model, item_vec_ND, stated["fingerprint"], text["encoder"], index)
+    return Predictor(config, schema, catalogue, model.to(device), item_vec_ND, stated["fingerprint"], text["encoder"], index)

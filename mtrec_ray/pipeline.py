@@ -27,7 +27,9 @@ from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.encoders.event_texts import EventTexts
 from mtrec_ray.evaluation.runner import evaluate
 from mtrec_ray.models.recommender import Recommender
-from mtrec_ray.retrieval.ivf import IvfIndex, RecallError, build_ivf
+from mtrec_ray.retrieval.exact import RecallError
+from mtrec_ray.retrieval.ivf import IvfIndex, build_ivf
+from mtrec_ray.retrieval.reduced import ReducedIndex, build_reduced
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.scoring.batch import check_output, score
 from mtrec_ray.scoring.tables import FOLDERS
@@ -143,17 +145,17 @@ class Run:
         model = build_model(self.config, schema, text_NE)
         model.load_state_dict(load_tensors(storage.read_bytes(self.trained.path("weights.safetensors"))))
         index = None
-        if self.config.index.kind == IvfIndex.kind and self.config.retrieval_task is not None:
-            index = self._approximate(model.eval(), schema)
+        if not self.config.index.is_plain and self.config.retrieval_task is not None:
+            index = self._measured(model.eval(), schema)
         bundle.write(prefix, self.config, schema, catalogue, model, encoder, index)
         return True
 
-    def _approximate(self, model: Recommender, schema: LogSchema) -> IvfIndex:
-        """The approximate index, tuned and measured on the states of users of the valid part. Raises StageError."""
+    def _measured(self, model: Recommender, schema: LogSchema) -> IvfIndex | ReducedIndex:
+        """An index that may miss items, tuned and measured on the states of users of the valid part. Raises StageError."""
         settings, text = self.config.index, self._text_prefix()
         cache = mapped_windows(self.data.prefix, "valid", None if text is None else EventTexts.open(text))
         if not len(cache):
-            raise StageError("index.kind: ivf is tuned on users of the valid part, and this protocol left none; take exact")
+            raise StageError("index: it is measured on users of the valid part, and this protocol left none; take exact, float32")
         drawn = np.random.default_rng(self.config.seed).permutation(len(cache))[: settings.queries]
         with torch.no_grad():
             item_vec_ND = model.item_vectors()
@@ -162,11 +164,16 @@ class Run:
                 for part in np.array_split(drawn, -(-len(drawn) // 256))
             ]
             query_QD = model.retrieval.query(torch.cat(states))
+        k = self.config.ranking.candidates
+        found: IvfIndex | ReducedIndex
         try:
-            found = build_ivf(
-                item_vec_ND, query_QD, self.config.ranking.candidates,
-                lists=settings.lists, recall=settings.recall, min_recall=settings.min_recall, seed=self.config.seed,
-            )  # fmt: skip
+            if settings.precision != "float32":
+                found = build_reduced(item_vec_ND, query_QD, k, settings.precision, settings.min_recall)
+            else:
+                found = build_ivf(
+                    item_vec_ND, query_QD, k,
+                    lists=settings.lists, recall=settings.recall, min_recall=settings.min_recall, seed=self.config.seed,
+                )  # fmt: skip
         except RecallError as error:
             raise StageError(str(error)) from None
         log.info("index: %s", found.facts)

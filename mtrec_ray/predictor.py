@@ -29,9 +29,9 @@ from mtrec_ray.config import RunConfig
 from mtrec_ray.encoders.event_texts import TextMemory
 from mtrec_ray.features import FIRST, InputSpec, TextSpec, dense
 from mtrec_ray.models.batch import HistoryBatch, collate_history, feature_tensor
+from mtrec_ray.models.int8 import to_int8
 from mtrec_ray.models.recommender import Recommender
-from mtrec_ray.retrieval.exact import NONE, ExactIndex
-from mtrec_ray.retrieval.ivf import IvfIndex
+from mtrec_ray.retrieval.exact import NONE, ExactIndex, Index
 from mtrec_ray.retrieval.live import GrownVectors, LiveIndex
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks.wide import Bags
@@ -151,7 +151,7 @@ class Predictor:
         item_vec_ND: Tensor,
         fingerprint: str,
         text_encoder: Mapping[str, Any] | None = None,
-        index: IvfIndex | None = None,
+        index: Index | None = None,
     ) -> None:
         """text_encoder: which TextEncoder made the text vectors, to be sure that texts of events are read by it too. index: where
         candidates are searched; None: exactly."""
@@ -168,7 +168,7 @@ class Predictor:
         on_device = item_vec_ND.to(self.device)
         self._vec_ND: Tensor | GrownVectors = on_device
         self.exact: ExactIndex | LiveIndex = ExactIndex(on_device)
-        self.index: ExactIndex | IvfIndex | LiveIndex = self.exact if index is None else index
+        self.index: Index = self.exact if index is None else index
         count_N = torch.from_numpy(catalogue["count"].to_numpy().astype(np.float32))
         self.trained_events = int(count_N.sum())  # training events that are history; what popularity counts
         self.popularity_N = count_N / count_N.sum().clamp(min=1)
@@ -181,6 +181,12 @@ class Predictor:
             for name, task in config.tasks.items()
         }
         self.retrieval_name = config.retrieval_task
+
+    def to_int8(self) -> Predictor:
+        """Weights of sharing layers and heads of pointwise tasks in eight bits, in place -> itself. For CPUs."""
+        for part in (self.model.sharing, *self.model.pointwise.values()):
+            to_int8(part)
+        return self
 
     # ------------------------------------------------------------------ changes to the catalogue
 

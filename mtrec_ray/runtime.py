@@ -74,17 +74,16 @@ class Progress:
         return f", {self.done} of {self.total} {self.column}, {rate:.0f} per second{left}"
 
 
-def collect(dataset: Any, what: str, total: int, every: float = 5.0, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """All rows of a small Ray Data result, with a progress line at most every so many seconds.
+def collect(dataset: Any, what: str, total: int) -> list[dict[str, Any]]:
+    """All rows of a small Ray Data result."""
+    return list(rows_of(dataset, what, total))
+
+
+def rows_of(dataset: Any, what: str, total: int, every: float = 5.0, progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a Ray Data result as they come, with a progress line at most every so many seconds.
 
     On a terminal Ray Data's own bars show the operators too.
     """
-    return list(_rows_with_progress(dataset, what, total, every, progress))
-
-
-def _rows_with_progress(
-    dataset: Any, what: str, total: int, every: float, progress: Progress | None = None
-) -> Iterator[dict[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False
@@ -132,7 +131,7 @@ def for_each(
 
     rows = [{"place": i} for i in range(len(items))]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run, **(options or {}))
-    for row in _rows_with_progress(dataset, what, len(items), 5.0):
+    for row in rows_of(dataset, what, len(items)):
         if row["error"]:
             raise pickle.loads(row["error"])
         yield int(row["place"]), pickle.loads(row["out"])

@@ -182,6 +182,14 @@ def read_table(uri: str | Path, columns: list[str] | None = None) -> pa.Table:
     return pa.concat_tables(pq.read_table(p, filesystem=filesystem, columns=columns, partitioning=None) for p in paths)
 
 
+def iter_tables(uri: str | Path, rows: int) -> Iterator[pa.Table]:
+    """A Parquet file, at most so many rows at a time; no more of it is in memory."""
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_file(path) as source:
+        for batch in pq.ParquetFile(source).iter_batches(rows):
+            yield pa.Table.from_batches([batch])
+
+
 def list_files(uri: str | Path, suffix: str = "") -> list[str]:
     """Paths (without scheme) of the files below a directory, sorted; hidden files are left out."""
     filesystem, path = resolve(uri)

@@ -35,14 +35,33 @@ class IndexConfig(Model):
 
     kind: Literal["exact", "ivf"] = "exact"
     """`exact`: every item is looked at. `ivf`: the lists nearest to the query alone, for catalogues of hundreds of thousands."""
+    precision: Literal["float32", "bf16", "int8"] = "float32"
+    """`exact`: what a first look at all items reads; the best of it are scored again as they are. int8 for single queries on a CPU,
+    bf16 for GPUs."""
+    shards: Int = Field(default=1, ge=1)
+    """Parts of the catalogue, each searched by a Ray actor of its own, for one that outgrows a process; their answers are merged
+    exactly. Batch scoring and serving start the actors."""
     lists: Int | None = Field(default=None, ge=1)
     """`ivf`: lists that the catalogue is divided into. Default: 4 times the square root of the number of items."""
     recall: float = Field(default=0.98, gt=0, le=1)
     """`ivf`: so many lists are looked at that this share of the exact candidates is found for half of the sampled queries."""
     min_recall: float = Field(default=0.95, gt=0, le=1)
-    """`ivf`: no bundle is made when less is found for the other half."""
+    """`ivf`, bf16, int8: no bundle is made when less is found for the other half."""
     queries: Int = Field(default=2000, ge=20)
-    """`ivf`: users of the valid part, at most, whose states are the sampled queries."""
+    """`ivf`, bf16, int8: users of the valid part, at most, whose states are the sampled queries."""
+
+    @model_validator(mode="after")
+    def _check(self) -> IndexConfig:
+        if self.kind == "ivf" and self.precision != "float32":
+            raise ValueError("index.precision: the lists of ivf have eight bits already; leave it out, or take kind: exact")
+        if self.kind == "ivf" and self.shards > 1:
+            raise ValueError("index.shards: the parts of a catalogue are searched exactly; take kind: exact, or one shard")
+        return self
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is missed, so there is nothing to measure."""
+        return self.kind == "exact" and self.precision == "float32"
 
 
 class ScoringConfig(Model):
@@ -54,10 +73,31 @@ class ScoringConfig(Model):
     """Parquet file (or a directory of them) with a column user_id: lists for these alone. Default: every user of the store."""
     unknown_users: Literal["popularity", "skip"] = "popularity"
     """What users of that file get who have no history here; they are counted."""
-    batch_users: Int = Field(default=256, ge=1)
-    """Users scored together."""
+    batch_users: Int | Literal["auto"] = 256
+    """Users scored together. `auto`: each actor tries larger and larger batches, as far as memory goes and while they pay."""
     workers: Int = Field(default=1, ge=1)
     """Ray Data actors."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """A GPU for every actor. `auto`: where the cluster has as many."""
+    precision: Literal["float32", "int8"] = "float32"
+    """int8: the heads' and sharing layers' weights in eight bits, on CPUs; what it costs is measured in docs/scoring.md."""
+    where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Only items with one of these values, for every attribute named (of data.item_features): {genre: [Comedy, Drama]}."""
+
+    pairs: str | None = None
+    """`--what pairs`: Parquet file (or a directory of them) with columns user_id and item_id."""
+    histories: str | None = None
+    """Parquet file (or a directory of them) of the history store's form: these histories are scored, and the store is not read."""
+
+    @model_validator(mode="after")
+    def _check_one_source(self) -> ScoringConfig:
+        if self.users is not None and self.histories is not None:
+            raise ValueError("scoring: users and histories are given; the histories name their own users, so take one away")
+        if self.use_gpu is True and self.precision == "int8":
+            raise ValueError("scoring.precision: int8 is for CPUs; take float32 with use_gpu")
+        if self.batch_users != "auto" and self.batch_users < 1:
+            raise ValueError("scoring.batch_users: a whole number from 1, or auto")
+        return self
 
 
 class EvaluationConfig(Model):

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrec_ray.config import EncoderConfig
-from mtrec_ray.encoders.int8 import to_int8
 from mtrec_ray.encoders.loading import EncoderError, load_model, load_tokenizer, longest_input, resolve_model
+from mtrec_ray.models.int8 import to_int8
 
 CPU_TOKENS = 512
 """Tokens of a batch on a CPU, so that its activations may stay in a core's cache."""

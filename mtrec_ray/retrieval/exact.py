@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,10 +71,10 @@ def top_k(score_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     N = score_BN.shape[1]
     k = min(k, N)
     if not k:
-        return torch.zeros(len(score_BN), 0, dtype=torch.int64), score_BN[:, :0]
+        return torch.zeros_like(score_BN[:, :0], dtype=torch.int64), score_BN[:, :0]
     # one more than asked for: where it equals the last one, others may share its score, and the first ones count
     more_BK, item_BK = _largest(score_BN, min(k + 1, N))
-    crowded = more_BK[:, k - 1] == more_BK[:, -1] if k < N else torch.zeros(len(score_BN), dtype=torch.bool)
+    crowded = more_BK[:, k - 1] == more_BK[:, -1] if k < N else torch.zeros_like(more_BK[:, 0], dtype=torch.bool)
     item_BK, _ = torch.sort(item_BK[:, :k], dim=1)
     score_BK = torch.gather(score_BN, 1, item_BK)
     score_BK, order = torch.sort(score_BK, dim=1, descending=True, stable=True)
@@ -84,6 +84,23 @@ def top_k(score_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
         full_score, full_item = torch.sort(score_BN[crowded], dim=1, descending=True, stable=True)
         score_BK[crowded], item_BK[crowded] = full_score[:, :k], full_item[:, :k]
     return torch.where(torch.isneginf(score_BK), NONE, item_BK), score_BK
+
+
+class RecallError(ValueError):
+    """An index that finds less than it must."""
+
+
+class Index(Protocol):
+    """What searches a catalogue."""
+
+    kind: str
+
+    def __len__(self) -> int: ...
+
+    def search(
+        self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]], allowed_N: NDArray[np.bool_] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ExactIndex.search."""
 
 
 class ExactIndex:
@@ -131,9 +148,10 @@ class ExactIndex:
         """The allowed items are a catalogue of their own, unless that costs a single query more than a look at all of them."""
         position = np.flatnonzero(allowed_N)
         if len(query_BD) < FEW and 2 * len(position) > len(self):
-            score_BN = self.scores(query_BD).cpu()
+            score_BN = self.scores(query_BD)
             score_BN[:, torch.from_numpy(~allowed_N)] = float("-inf")
-            return top_k(mask_items(score_BN, exclude), k)
+            item_BK, score_BK = top_k(mask_items(score_BN, exclude), k)
+            return item_BK.cpu(), score_BK.cpu()
         part = ExactIndex(self.item_vec_ND[torch.from_numpy(position).to(self.item_vec_ND.device)])
         inside = [np.searchsorted(position, items[allowed_N[items]]) for items in exclude]
         item_BK, score_BK = part.search(query_BD, k, inside)
@@ -142,7 +160,8 @@ class ExactIndex:
         return torch.nn.functional.pad(item_BK, more, value=NONE), torch.nn.functional.pad(score_BK, more, value=float("-inf"))
 
     def _sort(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
-        return top_k(mask_items(self.scores(query_BD).cpu(), exclude), k)
+        item_BK, score_BK = top_k(mask_items(self.scores(query_BD), exclude), k)
+        return item_BK.cpu(), score_BK.cpu()
 
     def _search(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
         """faiss finds as many more as a row excludes; rows for which that does not settle it are sorted."""

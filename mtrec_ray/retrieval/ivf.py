@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtrec_ray.retrieval.exact import ExactIndex, fetched, pick
+from mtrec_ray.retrieval.exact import ExactIndex, RecallError, fetched, pick
 
 RESCORED = 2
 """Times as many as asked for that are found with eight bits."""
@@ -25,10 +25,6 @@ AT_ONCE = 64
 """Queries searched together: what they score again is gathered, some 10 MB of it."""
 PER_LIST = 40
 """Items that a list has on average at least; with fewer its centre is no centre of anything."""
-
-
-class RecallError(ValueError):
-    """An index that finds less than it must."""
 
 
 class IvfIndex:

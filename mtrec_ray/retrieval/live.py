@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtrec_ray.retrieval.exact import OVER_FETCHED, ExactIndex, merge
+from mtrec_ray.retrieval.exact import OVER_FETCHED, ExactIndex, Index, merge
 from mtrec_ray.retrieval.ivf import IvfIndex
 
 FEW_GONE = OVER_FETCHED // 2
@@ -41,7 +41,7 @@ class LiveIndex:
     Searching it is searching the catalogue as it is now: the items that joined have the positions from N on.
     """
 
-    def __init__(self, base: ExactIndex | IvfIndex, added_AD: Tensor, gone: NDArray[np.int64]) -> None:
+    def __init__(self, base: Index, added_AD: Tensor, gone: NDArray[np.int64]) -> None:
         """gone: positions, ascending, of the base and of the added ones."""
         self.base, self.gone = base, gone
         self.added = ExactIndex(added_AD.cpu() if isinstance(base, IvfIndex) else added_AD)
@@ -53,6 +53,7 @@ class LiveIndex:
     def scores(self, query_BD: Tensor) -> Tensor:
         """score_BN of all items, -inf for those that are gone."""
         base = self.base.exact if isinstance(self.base, IvfIndex) else self.base
+        assert isinstance(base, ExactIndex)
         score_BN = torch.cat([base.scores(query_BD), self.added.scores(query_BD)], 1)
         score_BN[:, torch.from_numpy(self.gone)] = float("-inf")
         return score_BN

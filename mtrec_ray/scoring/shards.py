@@ -11,7 +11,8 @@ two outputs never mix. Publishing goes on where it was killed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from mtrec_ray import storage
 from mtrec_ray.data.partition import hash_ids
 
 MANIFEST = "_manifest.json"
-SUMMED = ("users", "unknown", "items", "rows", "fallbacks", "bytes")
+SUMMED = ("users", "unknown", "items", "rows", "fallbacks", "empty", "doubled", "unknown_items", "bytes")
 
 
 class VerifyError(ValueError):
@@ -42,8 +43,22 @@ class Output:
         same = manifest is not None and manifest.get("identity") == self.identity and "shards" in manifest
         return manifest if same else None
 
+    def check_place(self) -> None:
+        """Raises ValueError where something lies that no output of this kind left: it would be published over."""
+        if not storage.exists(self.root) or storage.exists(storage.join(self.root, "_draft")):  # published half, perhaps
+            return
+        path = storage.resolve(self.root)[1]
+        there = [p.removeprefix(path + "/") for p in storage.list_files(self.root)]
+        strange = there if read_manifest(self.root) is None else [n for n in there if not re.fullmatch(r"part-\d+\.parquet", n)]
+        if strange:
+            raise ValueError(
+                f"{self.root}: not empty, and {strange[0]!r} ({len(strange)} such files) is of no output of this kind; choose "
+                "another place, or empty this one"
+            )
+
     def begin(self) -> dict[str, dict[str, Any]]:
-        """Drop the drafts of other outputs -> shards that count already."""
+        """Drop the drafts of other outputs -> shards that count already. Raises ValueError as check_place does."""
+        self.check_place()
         drafts = storage.join(self.root, "_draft")
         path = storage.resolve(drafts)[1]
         names = {p.removeprefix(path + "/").split("/")[0] for p in storage.list_files(drafts)} if storage.exists(drafts) else set()
@@ -62,11 +77,18 @@ class Output:
             found[name] = dict(storage.read_json(storage.join(folder, f"{name}.json")))
         return found
 
-    def write(self, name: str, table: pa.Table, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """A shard: its data, then its entry."""
-        uri = storage.join(self.draft, f"{name}.parquet")
-        storage.write_table(uri, table)
-        entry = dict(facts) | contents(uri, len(table))
+    def write(self, name: str, tables: Iterable[pa.Table], facts: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """A shard: its data, table by table, then its entry. facts: asked for when the last table is written."""
+        uri, rows = storage.join(self.draft, f"{name}.parquet"), 0
+
+        def counted() -> Iterable[pa.Table]:
+            nonlocal rows
+            for table in tables:
+                rows += len(table)
+                yield table
+
+        storage.write_tables(uri, counted())
+        entry = dict(facts()) | contents(uri, rows)
         storage.write_json(storage.join(self.draft, "_done", f"{name}.json"), entry)
         return entry
 
@@ -162,7 +184,7 @@ def verify(root: str) -> dict[str, Any]:
     if len(np.unique(together)) < len(together):
         raise VerifyError(f"{root}: a user (or an item) stands in two places")
     total = {key: sum(int(s.get(key, 0)) for s in shards.values()) for key in SUMMED}
-    wrong = [key for key in SUMMED if manifest["counts"][key] != total[key]]
+    wrong = [key for key in SUMMED if manifest["counts"].get(key, 0) != total[key]]
     if wrong:
         raise VerifyError(f"{root}: the manifest's {wrong} are not the sums of its shards")
     return dict(manifest["counts"])

@@ -29,7 +29,7 @@ def noting(folder: Path, dies_after_data_of: str | None) -> type:
 
     class Actor(batch._Actor):
         def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-            name = batch.shard_name(item["row"]["part"])
+            name = item["row"]["name"]
             with open(noted, "a", encoding="utf-8") as file:
                 file.write(f"{name}\n")
             if name == dies_after_data_of and not killed.exists():
@@ -77,7 +77,7 @@ def test_killed_actors_and_jobs_cost_a_shard_and_change_nothing(
     assert {k: v for k, v in counts.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
     assert pq.read_table(out).equals(pq.read_table(plain))
     assert verify(str(out))["users"] == expected["users"] and set(counts["seconds"]) == {
-        "read", "histories", "states", "retrieve", "heads",
+        "read", "histories", "states", "retrieve", "heads", "rows",
     }  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_the_users_of_a_file_are_scored_and_the_unknown_among_them_counted(
     ("table", "message"),
     [
         ({"user": ["u1"]}, r"has no column user_id; it has \['user'\]"),
-        ({"user_id": pa.array(["u1", None])}, r"1 row\(s\) without user_id; the first is row 1"),
+        ({"user_id": pa.array(["u1", None])}, r"1 row\(s\) without user_id; the first is row 1 of row groups 0 to 0"),
         ({"user_id": pa.array([], pa.string())}, "has no rows"),
         (None, "users.parquet"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mtrec_ray.evaluation.measure import Model, Moments
 from mtrec_ray.features import CategoricalSpec, MultihotSpec, NumericalSpec
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import History
-from mtrec_ray.scoring.tables import score_table
+from mtrec_ray.scoring.tables import Ask, Tally, user_tables
 from mtrec_ray.serving import api
 from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.training.feed import WindowCache, collate
@@ -185,7 +186,7 @@ def test_the_position_of_a_request_changes_nothing_and_its_price_does(run: TinyR
 
 def test_batch_scoring_is_the_predictor_with_an_empty_request(run: TinyRun) -> None:
     store = storage.read_table(run.data.path("store"))
-    table, _ = score_table(run.predictor, store, 3, 7)
+    table = pa.concat_tables(user_tables(run.predictor, [store], Ask("lists", 3, 7), Tally()))
     history = HistoryStore(str(run.folder / "data"))
     for user in store["user_id"].to_pylist()[:5]:
         known = history.get(user)

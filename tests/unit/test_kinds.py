@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ from mtrec_ray.evaluation.statistics import Resampler
 from mtrec_ray.evaluation.task_baselines import fit_task_baselines
 from mtrec_ray.predictor import History, Predictor
 from mtrec_ray.schema import LabelStats
-from mtrec_ray.scoring.tables import score_table
+from mtrec_ray.scoring.tables import Ask, Tally, user_tables
 from mtrec_ray.serving.history import histories_from_table
 from mtrec_ray.tasks.interest import Interest
 from mtrec_ray.tasks.item_attribute import ItemAttribute
@@ -119,7 +120,8 @@ def test_the_model_learns_what_the_log_holds(metrics: Metrics) -> None:
 
 def test_one_number_per_task_and_item_leaves_the_system(run: tuple[storage.Directory, Predictor]) -> None:
     data, predictor = run
-    table, _ = score_table(predictor, storage.read_table(data.path("store")), 3, 8)
+    store = storage.read_table(data.path("store"))
+    table = pa.concat_tables(user_tables(predictor, [store], Ask("lists", 3, 8), Tally()))
     pointwise = {"click", "rating", "robust", "binned", "stars", "both"}
     assert set(table.column_names) == {"user_id", "item_id", "rank", "score", "retrieval", *pointwise}
     answer = predictor.recommend([History(["i1", "i2"], [1, 2])], 3)[0]

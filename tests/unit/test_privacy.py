@@ -172,7 +172,7 @@ def run(tmp_path: Path) -> Path:
     users = storage.read_table(data.path("store"))["user_id"]
     scores = Output(str(tmp_path / "run" / "scores"), {"k": 1})
     table = pa.table({"user_id": users, "rank": [1] * len(users)})
-    scores.write("part-00000", table, {"users": len(users), "fallbacks": 0, "seconds": {}})
+    scores.write("part-00000", [table], lambda: {"users": len(users), "fallbacks": 0, "seconds": {}})
     scores.publish(["part-00000"])
     return tmp_path
 

@@ -24,7 +24,7 @@ def lists(name: str, k: int = 2) -> pa.Table:
 
 def write(output: Output, names: list[str], k: int = 2) -> None:
     for name in names:
-        output.write(name, lists(name, k), {"users": 2, "fallbacks": 1, "seconds": {"read": 0.5}})
+        output.write(name, [lists(name, k)], lambda: {"users": 2, "fallbacks": 1, "seconds": {"read": 0.5}})
 
 
 def published(root: Path, k: int = 2) -> Output:

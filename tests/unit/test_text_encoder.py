@@ -18,9 +18,9 @@ import torch
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig
 from mtrec_ray.encoders.cache import load_text_vectors
-from mtrec_ray.encoders.int8 import Int8Embedding, Int8Linear, size_bytes, to_int8
 from mtrec_ray.encoders.loading import EncoderError, resolve_model
 from mtrec_ray.encoders.text import TextEncoder, pool
+from mtrec_ray.models.int8 import Int8Embedding, Int8Linear, size_bytes, to_int8
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
 TEXTS = ["a b", "c d e f g h", "a", "b a", "h g f e d c b a", "e e e"]

@@ -18,7 +18,7 @@ from mtrec_ray.evaluation.measure import Model
 from mtrec_ray.evaluation.runner import _fit, report_numbers
 from mtrec_ray.evaluation.statistics import Resampler
 from mtrec_ray.predictor import History, Predictor
-from mtrec_ray.scoring.tables import score_table
+from mtrec_ray.scoring.tables import Ask, Tally, user_tables
 from mtrec_ray.training.feed import WindowCache, collate
 from tests import tiny
 
@@ -64,7 +64,7 @@ def test_whatever_needs_candidates_refuses_with_the_key_and_the_cure(rated: tupl
     with pytest.raises(NoRetrievalError, match=cure):
         predictor.recommend([History(["i1"], [1])], 3)
     with pytest.raises(NoRetrievalError, match=cure):
-        score_table(predictor, storage.read_table(data.path("store")), 3, 8)
+        next(user_tables(predictor, [storage.read_table(data.path("store"))], Ask(), Tally()))
     with pytest.raises(NoRetrievalError, match="the score stage"):
         pipeline.run_stages(predictor.config, "never", ("prepare", "score"))
 

@@ -25,8 +25,7 @@ class SharedBottom(Sharing):
 
     def forward(self, state: Tensor, item: Tensor, context: Tensor) -> dict[str, Tensor]:
         first, *rest = self.layers
-        assert isinstance(first, nn.Linear)
-        shared = Inputs(state, item, context).linear(first)
+        shared = Inputs(state, item, context).linear(first)  # type: ignore[arg-type]
         for layer in rest:
             shared = layer(shared)
         return dict.fromkeys(self.tasks, shared)

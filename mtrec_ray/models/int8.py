@@ -15,8 +15,8 @@ SMALL_TABLE = 4096
 """Rows of an embedding up to which it stays float32: positions and types."""
 
 
-def _rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """-> (int8 weight, scale of every row)."""
+def rounded(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (int8 weight, scale of every row (O, 1))."""
     scale_O1 = weight_OI.abs().amax(1, keepdim=True).clamp(min=1e-12) / LEVELS
     return (weight_OI / scale_O1).round().to(torch.int8), scale_O1
 
@@ -26,11 +26,21 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight_OI, scale_O1 = _rounded(linear.weight.detach().float())
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight_OI, scale_O1 = rounded(linear.weight.detach().float())
         self.register_buffer("weight_IO", weight_OI.t().contiguous())
         self.register_buffer("scale_O", scale_O1[:, 0].contiguous())
         bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("bias_O", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I) as the eight bits say, for layers that are folded (sharing/base.py)."""
+        return (self.weight_IO.float() * self.scale_O).t()  # type: ignore[operator, union-attr]
+
+    @property
+    def bias(self) -> Tensor:
+        return self.bias_O  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         x_RI = x.reshape(-1, x.shape[-1])
@@ -44,7 +54,7 @@ class Int8Embedding(nn.Module):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
-        weight_VE, scale_V1 = _rounded(embedding.weight.detach().float())
+        weight_VE, scale_V1 = rounded(embedding.weight.detach().float())
         self.register_buffer("weight_VE", weight_VE)
         self.register_buffer("scale_V1", scale_V1)
 
