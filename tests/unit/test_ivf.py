@@ -100,7 +100,7 @@ def test_a_small_catalogue_is_one_list_and_a_broken_one_is_an_error() -> None:
 
 def indexed(run: TinyRun, folder: Path, **index: object) -> str:
     """The index stage on the tiny run's own training -> prefix of the bundle."""
-    config = parse_config(run.config.model_dump(mode="json") | {"index": {"kind": "ivf", "queries": 40, **index}})
+    config = parse_config(run.config.model_dump(mode="json") | {"index": {"kind": "ivf", "queries": 40} | index})
     made = Run(config, str(folder))
     made.data = run.data
     trained = storage.Directory(str(folder / "train"))
