@@ -1,18 +1,15 @@
 """The contract of DESIGN §1.6 on 1,000 users, with the exact index and with the approximate one on all callers.
 
-HTTP, which is what takes time here, answers every fifth of them; all of them with MTREC_ALL_USERS=1.
+The stages of the service run in this process here; over HTTP, in processes of its own, it is in test_same_answers.py.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +20,8 @@ from mtrec_ray.config import RunConfig
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.retrieval.ivf import IvfIndex, build_ivf
 from mtrec_ray.scoring.batch import score
+from mtrec_ray.serving.api import RecommendRequest
+from mtrec_ray.serving.deployments import Heads, Ingress, Retrieval, StateEncoder
 from mtrec_ray.serving.history import HistoryStore
 from mtrec_ray.training.worker import load_schema
 from tests import tiny
@@ -30,7 +29,6 @@ from tests.contract.test_same_answers import assert_same
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 USERS, ITEMS, K = 1000, 500, 10
-EVERY = 1 if os.environ.get("MTREC_ALL_USERS") == "1" else 5
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +69,26 @@ def run(request: pytest.FixtureRequest, trained: tuple[Path, RunConfig, Predicto
     return mine, config, bundle.load(directory.root)
 
 
-@pytest.fixture(scope="module")
-def client(ray_cluster: Any, run: tuple[Path, RunConfig, Predictor]) -> Iterator[httpx.Client]:
-    from ray import serve
+class Here:
+    """A handle of a stage in this process."""
 
-    from serve_apps.recommend import Args, build
+    def __init__(self, stage: Any) -> None:
+        self.stage = stage
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    options = {n: {"ray_actor_options": {"num_cpus": 0.1}} for n in ("Ingress", "StateEncoder", "Retrieval", "Heads")}
-    serve.run(build(Args(run=str(run[0]), options=options)), name="thousand", route_prefix="/")
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as c:
-        yield c
-    serve.shutdown()
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.stage, name))
+
+
+@pytest.fixture
+def ingress(run: tuple[Path, RunConfig, Predictor]) -> Any:
+    """The ingress with its three stages, without Serve between them."""
+    root, data = str(run[0] / "bundle"), str(run[0] / "data")
+    stages = [Here(d.func_or_class(root)) for d in (StateEncoder, Retrieval, Heads)]
+    return Ingress.func_or_class.__mro__[1](root, data, *stages)
 
 
 def test_predictor_batch_and_http_agree_for_a_thousand_users(
-    ray_cluster: Any, client: httpx.Client, run: tuple[Path, RunConfig, Predictor]
+    ray_cluster: Any, ingress: Any, run: tuple[Path, RunConfig, Predictor]
 ) -> None:
     folder, config, predictor = run
     assert isinstance(predictor.index, IvfIndex) == (folder.name == "ivf")
@@ -101,16 +100,16 @@ def test_predictor_batch_and_http_agree_for_a_thousand_users(
     batch: dict[str, list[dict[str, Any]]] = {u: [] for u in users}
     for row in pq.read_table(folder / "scores").to_pylist():
         batch[row["user_id"]].append(row)
-    asked = users[::EVERY]
-    with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda u: client.post("/recommend", json={"user_id": u, "k": K}).json(), asked)
-        answers = dict(zip(asked, found, strict=True))
+
+    async def ask() -> dict[str, Any]:
+        return {u: await ingress.recommend(RecommendRequest(user_id=u, k=K)) for u in users}
+
+    online = asyncio.run(ask())
     for part in np.array_split(np.array(users), 10):
         histories = [store.get(u) for u in part.tolist()]
         here = predictor.recommend([h for h in histories if h is not None], K)
         for user, mine in zip(part.tolist(), here, strict=True):
             assert len(mine["items"]) == K
             assert_same(mine["items"], batch[user])
-            if user in answers:
-                assert answers[user]["bundle"] == predictor.fingerprint
-                assert_same(answers[user]["items"], batch[user])
+            assert online[user]["bundle"] == predictor.fingerprint
+            assert_same(online[user]["items"], batch[user])
