@@ -49,6 +49,9 @@ bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.text_value
 	$(BIN)/python -m benchmarks.exact_topk
 	$(BIN)/python -m benchmarks.ann
+	$(BIN)/python -m benchmarks.batch_pipeline
+	$(BIN)/python -m benchmarks.batch_kill
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.scoring_int8
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.profiles
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking_tasks
 	$(BIN)/python -m benchmarks.balancer_cost

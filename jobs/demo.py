@@ -20,7 +20,7 @@ from jobs import command, fetch
 from jobs.serve import start
 from mtrec_ray import storage
 from mtrec_ray.pipeline import STAGES
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 
 CAP = ["train.epochs=30", "train.schedule=cosine", "train.learning_rate=0.002", "train.warmup_steps=60", "train.evaluate_every=2"]
 """The demo's capped budget; jobs/configs/ml100k.yaml alone trains longer and better."""
@@ -54,7 +54,7 @@ def show_metrics(console: Console, metrics: dict[str, Any]) -> None:
     console.print(others)
 
 
-def show_user(console: Console, client: httpx.Client, store: HistoryStore, titles: dict[str, str], user_id: str) -> None:
+def show_user(console: Console, client: httpx.Client, store: PreparedHistories, titles: dict[str, str], user_id: str) -> None:
     """One user: recent history, recommendations with numbers per task, profile."""
     history = store.get(user_id)
     assert history is not None
@@ -125,7 +125,7 @@ def main() -> int:
             health = client.get("/healthz").json()
             console.rule("mtrec_ray demo")
             show_metrics(console, metrics)
-            show_user(console, client, HistoryStore(f"{args.out}/data"), titles, args.user)
+            show_user(console, client, PreparedHistories(f"{args.out}/data"), titles, args.user)
             show_similar(console, client, args.item, titles[args.item])
             stranger = post(client, "/recommend", {"user_id": "a user nobody knows", "k": 1})
             console.print(

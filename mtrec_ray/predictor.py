@@ -423,12 +423,15 @@ class Predictor:
         item_vec = self._vec_ND[item_BK.clamp(min=0).to(self.device)]
         return self.model.share(state_BD[:, None, :].to(self.device), item_vec, context_B)
 
-    def finalise(self, candidates: Candidates, predictions: dict[str, Tensor], k: int) -> Ranked:
-        """The final order: Σ w·g over the candidates, ties by catalogue position; cut to k.
+    def finalise(
+        self, candidates: Candidates, predictions: dict[str, Tensor], k: int, weights: Mapping[str, float] | None = None
+    ) -> Ranked:
+        """The final order: Σ w·g over the candidates, ties by catalogue position; cut to k. weights: in the place of those of the
+        configuration, for the tasks that it names.
 
         The popularity list keeps its order and its scores.
         """
-        final = self.final_scores(candidates.logit_BK, predictions)
+        final = self.final_scores(candidates.logit_BK, predictions, weights)
         final = torch.where(candidates.popular_B[:, None], candidates.logit_BK, final)
         final = torch.where(candidates.item_BK == NONE, float("-inf"), final)
         # stable sorts: first by position, then by score
@@ -445,12 +448,15 @@ class Predictor:
         assert self.retrieval_name is not None  # there is a logit
         return {self.retrieval_name: logit_BK, **predictions}
 
-    def final_scores(self, logit_BK: Tensor, predictions: dict[str, Tensor]) -> Tensor:
+    def final_scores(
+        self, logit_BK: Tensor, predictions: dict[str, Tensor], weights: Mapping[str, float] | None = None
+    ) -> Tensor:
         """Σ w·g (DESIGN §1.4)."""
-        total = self.final_weights.get(self.retrieval_name or "", 0.0) * logit_BK
+        chosen = self.final_weights | dict(weights or {})
+        total = chosen.get(self.retrieval_name or "", 0.0) * logit_BK
         for name, task in self.model.pointwise.items():
-            if self.final_weights[name]:
-                total = total + self.final_weights[name] * task.final(predictions[name])
+            if chosen[name]:
+                total = total + chosen[name] * task.final(predictions[name])
         return total
 
     # ------------------------------------------------------------------ answers

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-
 from mtrec_ray import storage
 from mtrec_ray.scoring.shards import MANIFEST, VerifyError, read_manifest
 
@@ -104,5 +103,7 @@ def to_redis(root: str, url: str, prefix: str = "mtrec") -> int:
             if batch:
                 client.unlink(*batch)
     except (redis.RedisError, ValueError) as error:
-        raise ExportError(f"Redis: {type(error).__name__}: {error}; {sent} keys were sent, and readers have what they had") from None
+        raise ExportError(
+            f"Redis: {type(error).__name__}: {error}; {sent} keys were sent, and readers have what they had"
+        ) from None
     return sent

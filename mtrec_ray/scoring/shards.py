@@ -12,6 +12,7 @@ two outputs never mix. Publishing goes on where it was killed.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -78,8 +79,11 @@ class Output:
         return found
 
     def write(self, name: str, tables: Iterable[pa.Table], facts: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """A shard: its data, table by table, then its entry. facts: asked for when the last table is written."""
-        uri, rows = storage.join(self.draft, f"{name}.parquet"), 0
+        """A shard: its data, table by table, then its entry. facts: asked for when the last table is written.
+
+        The data get their name when they are whole, since an actor of a killed job may still be at the same shard.
+        """
+        uri, rows = storage.join(self.draft, f"_{name}-{uuid.uuid4().hex[:12]}.parquet"), 0
 
         def counted() -> Iterable[pa.Table]:
             nonlocal rows
@@ -89,6 +93,8 @@ class Output:
 
         storage.write_tables(uri, counted())
         entry = dict(facts()) | contents(uri, rows)
+        filesystem, path = storage.resolve(uri)
+        filesystem.move(path, storage.resolve(storage.join(self.draft, f"{name}.parquet"))[1])
         storage.write_json(storage.join(self.draft, "_done", f"{name}.json"), entry)
         return entry
 

@@ -59,12 +59,22 @@ class RecommendRequest(_User):
     k: int = Field(default=10, ge=1)
     context: dict[str, Value] = Field(default_factory=dict)
     """Features of the request: device, page, price now, ..."""
+    exclude: list[Id] = Field(default_factory=list, max_length=MAX_ITEMS)
+    """Items that are not wanted; ids that the catalogue lacks are nothing to leave out."""
+    exclude_seen: bool | None = None
+    """Leave out what the history holds. Default: as the model was trained (data.exclude_seen)."""
+    where: dict[str, list[str]] = Field(default_factory=dict)
+    """Only items with one of these values, for every attribute named."""
+    candidates: list[Id] | None = Field(default=None, min_length=1, max_length=MAX_ITEMS)
+    """Only these items."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Task -> its weight in the final order, in the place of the configuration's."""
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
         json_schema_extra={
             "examples": [
-                {"user_id": "196", "k": 10, "at": None, "context": {}},
+                {"user_id": "196", "k": 10, "at": None, "context": {}, "exclude": ["50"]},
                 {"history": [{"event_id": "e1", "item_id": "242", "timestamp": 881250949000, "actions": {"rating": 3}}], "k": 5},
             ]
         },
@@ -77,6 +87,25 @@ class ScoreRequest(_User):
     """Features of the request: device, page, price now, ..."""
     model_config = ConfigDict(
         extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": "196", "item_ids": ["50", "181"]}]}
+    )
+
+
+class LiveEvent(Event):
+    """What a user did just now."""
+
+    user_id: Id
+
+
+class EventsRequest(_Request):
+    events: list[LiveEvent] = Field(min_length=1, max_length=MAX_EVENTS)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {"events": [{"user_id": "196", "event_id": "e7", "item_id": "50", "timestamp": 1700000000000, "actions": {"rating": 5}}]}
+            ]
+        },
     )
 
 
@@ -127,6 +156,13 @@ class ScoreAnswer(_Answer):
 class SimilarAnswer(_Answer):
     item_id: str
     items: list[SimilarItem]
+
+
+class EventsAnswer(BaseModel):
+    accepted: int
+    """Events that are new, and durable now."""
+    duplicates: int
+    """Events whose id is known."""
 
 
 class ProfileAnswer(_Answer):

@@ -24,7 +24,8 @@ from mtrec_ray.config import RunConfig
 from mtrec_ray.predictor import Candidates, History, IntArray, UnknownItemError
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.serving import api
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
+from mtrec_ray.serving.sharded import ShardedIndex
 
 T = TypeVar("T")
 
@@ -104,7 +105,13 @@ class StateEncoder(_Stage):
 
 @serve.deployment(name="Retrieval")
 class Retrieval(_Stage):
-    """states → candidates."""
+    """states → candidates. Of a catalogue in parts (`index.shards`) it starts the actors that search them."""
+
+    def __init__(self, bundle_uri: str, threads: int = 1) -> None:
+        super().__init__(bundle_uri, threads)
+        shards = self.predictor.config.index.shards
+        if shards > 1:
+            self.predictor.index = ShardedIndex(bundle_uri, len(self.predictor.item_ids), shards)
 
     async def retrieve(self, stamp: Stamp, state: EncodedState, k: int) -> Candidates:
         self._check(stamp, state)
@@ -173,7 +180,7 @@ class Ingress(_Stage):
         self, bundle_uri: str, data_uri: str, encoder: DeploymentHandle, retrieval: DeploymentHandle, heads: DeploymentHandle
     ) -> None:
         super().__init__(bundle_uri)
-        self.store = HistoryStore(data_uri)
+        self.store = PreparedHistories(data_uri)
         settings, key = self.predictor.config.data.pseudonyms, self.predictor.schema.pseudonym_key
         self.pseudonyms = None if settings is None else Pseudonyms.load(settings, key)
         self.encoder, self.retrieval, self.heads = encoder, retrieval, heads

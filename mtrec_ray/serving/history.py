@@ -1,4 +1,4 @@
-"""The history store that HTTP and batch scoring read: files of user partitions, written by prepare."""
+"""Histories of the prepared data: files of user partitions, written by prepare, which batch scoring reads and live stores begin with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def histories_from_table(table: pa.Table) -> list[History]:
     ]
 
 
-class HistoryStore:
+class PreparedHistories:
     """Read-only histories by user id. Partitions are read when first asked for; the last `keep` stay in memory.
 
     `version` changes with the data, so that answers can say which history they used. When data are published anew (an

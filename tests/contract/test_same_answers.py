@@ -21,7 +21,7 @@ from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.evaluation.measure import Model, measure
 from mtrec_ray.scoring.batch import score
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.training.feed import WindowCache
 from tests import tiny
 
@@ -105,7 +105,7 @@ def assert_same(online: list[dict[str, Any]], offline: list[dict[str, Any]]) -> 
 def test_http_batch_and_predictor_agree_for_every_user(
     client: httpx.Client, batch: dict[str, list[dict[str, Any]]], run: tuple[Path, RunConfig]
 ) -> None:
-    predictor, store = bundle.load(str(run[0] / "bundle")), HistoryStore(str(run[0] / "data"))
+    predictor, store = bundle.load(str(run[0] / "bundle")), PreparedHistories(str(run[0] / "data"))
     assert "idle" in store.user_ids()
     for user in store.user_ids():
         answer = client.post("/recommend", json={"user_id": user, "k": K}).json()
@@ -154,7 +154,7 @@ def test_evaluation_ranks_are_the_places_in_the_batch_lists(
 
 
 def test_inline_history_equals_the_stored_one(client: httpx.Client, run: tuple[Path, RunConfig]) -> None:
-    store = HistoryStore(str(run[0] / "data"))
+    store = PreparedHistories(str(run[0] / "data"))
     user = next(u for u in store.user_ids() if (h := store.get(u)) and h.item_ids and not h.seen_item_ids)
     history = store.get(user)
     assert history is not None
@@ -187,7 +187,7 @@ def test_unknown_users_and_empty_histories_get_popularity_everywhere(
 
 
 def test_score_similar_and_profile_agree_with_the_predictor(client: httpx.Client, run: tuple[Path, RunConfig]) -> None:
-    predictor, store = bundle.load(str(run[0] / "bundle")), HistoryStore(str(run[0] / "data"))
+    predictor, store = bundle.load(str(run[0] / "bundle")), PreparedHistories(str(run[0] / "data"))
     history = store.get("u1")
     assert history is not None
     online = client.post("/score", json={"user_id": "u1", "item_ids": ["i3", "new", "i4"]}).json()
@@ -205,7 +205,7 @@ def test_score_similar_and_profile_agree_with_the_predictor(client: httpx.Client
 def test_features_of_a_request_mean_the_same_online_and_its_position_nothing(
     client: httpx.Client, run: tuple[Path, RunConfig]
 ) -> None:
-    predictor, store = bundle.load(str(run[0] / "bundle")), HistoryStore(str(run[0] / "data"))
+    predictor, store = bundle.load(str(run[0] / "bundle")), PreparedHistories(str(run[0] / "data"))
     history = store.get("u1")
     assert history is not None
 

@@ -22,7 +22,7 @@ from mtrec_ray.retrieval.ivf import IvfIndex, build_ivf
 from mtrec_ray.scoring.batch import score
 from mtrec_ray.serving.api import RecommendRequest
 from mtrec_ray.serving.deployments import Heads, Ingress, Retrieval, StateEncoder
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.training.worker import load_schema
 from tests import tiny
 from tests.contract.test_same_answers import assert_same
@@ -56,7 +56,7 @@ def run(request: pytest.FixtureRequest, trained: tuple[Path, RunConfig, Predicto
     mine.mkdir()
     (mine / "data").symlink_to(folder / "data")
     data, directory = storage.Directory(str(mine / "data")), storage.Directory(str(mine / "bundle"))
-    store = HistoryStore(data.root)
+    store = PreparedHistories(data.root)
     histories = [h for u in store.user_ids()[:300] if (h := store.get(u))]
     with torch.no_grad():
         query = predictor.model.retrieval.query(predictor.encode_state(predictor.encode_histories(histories).batch))
@@ -92,7 +92,7 @@ def test_predictor_batch_and_http_agree_for_a_thousand_users(
 ) -> None:
     folder, config, predictor = run
     assert isinstance(predictor.index, IvfIndex) == (folder.name == "ivf")
-    store = HistoryStore(str(folder / "data"))
+    store = PreparedHistories(str(folder / "data"))
     users = list(store.user_ids())
     assert len(users) == USERS
     counts = score(config, storage.Directory(str(folder / "data")), str(folder / "bundle"), str(folder / "scores"))

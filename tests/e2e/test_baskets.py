@@ -18,7 +18,7 @@ from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.pipeline import STAGES, StageError, run_stages
 from mtrec_ray.predictor import History
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from tests import tiny
 from tests.conftest import TinyRun
 
@@ -106,7 +106,7 @@ def test_scores_have_the_promised_columns_and_ranks(run: tuple[RunConfig, Path])
     by_user: dict[str, list[dict[str, Any]]] = {}
     for row in table.to_pylist():
         by_user.setdefault(row["user_id"], []).append(row)
-    assert set(by_user) == set(HistoryStore(str(out / "data")).user_ids())
+    assert set(by_user) == set(PreparedHistories(str(out / "data")).user_ids())
     for rows in by_user.values():
         assert [r["rank"] for r in rows] == list(range(1, config.scoring.k + 1))
         assert [r["score"] for r in rows] == sorted((r["score"] for r in rows), reverse=True)
@@ -119,7 +119,7 @@ def test_what_users_wrote_is_encoded_once_and_changes_what_they_are_told(run: tu
     config, out = run
     text = storage.Directory(str(out / "text")).manifest
     assert text["event_texts"] == text["event_texts_encoded"] > 5
-    predictor, store = bundle.load(str(out / "bundle")), HistoryStore(str(out / "data"))
+    predictor, store = bundle.load(str(out / "bundle")), PreparedHistories(str(out / "data"))
     scores = pq.read_table(out / "scores").to_pandas()
     changed = 0
     for user in [u for u in store.user_ids() if (store.get(u) or History()).item_ids][:8]:

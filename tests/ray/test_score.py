@@ -17,7 +17,7 @@ from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.predictor import History
 from mtrec_ray.scoring import batch
 from mtrec_ray.scoring.shards import Output, verify
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.serving.sharded import ShardedIndex
 from mtrec_ray.storage import StorageError
 from tests.conftest import TinyRun
@@ -132,7 +132,7 @@ def test_states_profiles_and_similar_items_are_those_of_the_predictor(
 ) -> None:
     monkeypatch.setattr(batch, "ITEMS", 8)  # three shards of 21 items
     bundle, data, predictor = str(tiny_run.bundle_root), tiny_run.data, tiny_run.predictor
-    store = HistoryStore(data.root)
+    store = PreparedHistories(data.root)
     found = {}
     for what in ("states", "profiles", "similar"):
         counts = batch.score(tiny_run.config, data, bundle, str(tmp_path / what), what=what)
@@ -183,7 +183,7 @@ def test_pairs_of_a_file_are_split_scored_and_reused(ray_cluster: Any, tiny_run:
         "users": 3, "unknown": 1, "doubled": 1, "unknown_items": 1, "rows": 5,
     }  # fmt: skip
     rows = pq.read_table(out).to_pylist()
-    history = HistoryStore(tiny_run.data.root).get("u1")
+    history = PreparedHistories(tiny_run.data.root).get("u1")
     assert history is not None
     expected = tiny_run.predictor.score_items(history, ["i0", "i2"])["items"]
     assert [r["score"] for r in rows if r["user_id"] == "u1"] == pytest.approx([e["score"] for e in expected], rel=1e-5)
@@ -199,7 +199,7 @@ def test_pairs_of_a_file_are_split_scored_and_reused(ray_cluster: Any, tiny_run:
 
 
 def test_histories_of_a_file_with_batches_by_trial(ray_cluster: Any, tiny_run: TinyRun, tmp_path: Path) -> None:
-    store = HistoryStore(tiny_run.data.root)
+    store = PreparedHistories(tiny_run.data.root)
     table = pa.concat_tables([pq.read_table(p) for p in sorted(Path(tiny_run.data.path("store")).glob("*.parquet"))]).select(
         ["user_id", "history_item_id", "history_time", "history_action_click", "history_action_rating"]
     )

@@ -17,7 +17,7 @@ from mtrec_ray.models.batch import Batch
 from mtrec_ray.models.chains import Chains, Transfer, logit_of_both, parents_first
 from mtrec_ray.models.item_tower import ItemVectors
 from mtrec_ray.models.recommender import Recommender
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.tasks import Binary, Forward
 from mtrec_ray.training.feed import WindowCache, collate
 from mtrec_ray.training.worker import build_model, load_schema
@@ -223,7 +223,7 @@ def batch_of(data: storage.Directory, model: Recommender) -> Batch:
 def test_a_funnel_is_trained_bundled_and_served(chain: str, tiny_folder: Path, data: storage.Directory, tmp_path: Path) -> None:
     config = funnel_config(tiny_folder, chain)
     predictor = tiny.write_bundle(config, data, tiny.train_locally(config, data), tmp_path / "bundle")
-    history = HistoryStore(data.root).get("u3")
+    history = PreparedHistories(data.root).get("u3")
     assert history is not None
     answer = predictor.recommend([history], 20)[0]["items"]
     assert len(answer) > 3

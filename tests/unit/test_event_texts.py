@@ -24,7 +24,7 @@ from mtrec_ray.models.features import FeatureEmbedding
 from mtrec_ray.predictor import History, Predictor
 from mtrec_ray.serving import api
 from mtrec_ray.serving.deployments import Stamp, StateEncoder
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.training.feed import WindowCache
 from tests import tiny
 from tests.conftest import TinyRun
@@ -119,7 +119,7 @@ def test_windows_hold_hashes_the_store_holds_texts_and_the_bundle_neither(run: T
     log = pq.read_table(run.folder / "features")["review"].to_pylist()
     assert set(column.tolist()) - {0} <= set(hash_texts(pa.array(sorted({t for t in log if t and t.strip()}))).tolist())
     assert (column == 0).any() and (column != 0).any() and not any(n.startswith("target_context_review") for n in train.columns)
-    store = HistoryStore(run.data.root)
+    store = PreparedHistories(run.data.root)
     said = {t for u in store.user_ids() for t in (store.get(u) or History()).context["review"]}
     assert None in said and "Thing 3 even" in said and "" not in said and "  " not in said
     written = b"".join(p.read_bytes() for p in (run.folder / "bundle").rglob("*") if p.is_file() and "catalogue" not in p.name)
@@ -133,7 +133,7 @@ def test_a_history_by_text_has_the_state_of_the_window_by_hash(run: TinyRun) -> 
     cache = WindowCache.from_table(table, texts_of(run))
     first = np.unique(cache.first_of_user)  # the store ends there
     by_hash = Model(run.predictor).states(Moments.of(run.predictor.schema, cache, first))
-    store = HistoryStore(run.data.root)
+    store = PreparedHistories(run.data.root)
     histories = [store.get(u) for u in table["user_id"].take(pa.array(first)).to_pylist()]
     by_text = torch.stack([state(run.predictor, h) for h in histories if h is not None])
     torch.testing.assert_close(by_text, by_hash, atol=1e-5, rtol=1e-5)
@@ -141,7 +141,7 @@ def test_a_history_by_text_has_the_state_of_the_window_by_hash(run: TinyRun) -> 
 
 
 def test_another_text_is_another_state_and_its_weights_were_trained(run: TinyRun) -> None:
-    store = HistoryStore(run.data.root)
+    store = PreparedHistories(run.data.root)
     history = next(h for u in store.user_ids() if (h := store.get(u)) and len(h.item_ids) > 2)
     n = len(history.item_ids)
 

@@ -23,7 +23,7 @@ from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import History
 from mtrec_ray.scoring.tables import Ask, Tally, user_tables
 from mtrec_ray.serving import api
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.training.feed import WindowCache, collate
 from mtrec_ray.training.worker import build_model, load_schema
 from tests import tiny
@@ -121,7 +121,7 @@ def same_batch(left: Any, right: Any) -> None:
 
 
 def test_prepare_the_store_and_json_give_one_history(run: TinyRun) -> None:
-    predictor, store = run.predictor, HistoryStore(str(run.folder / "data"))
+    predictor, store = run.predictor, PreparedHistories(str(run.folder / "data"))
     test = WindowCache.from_table(storage.read_table(run.data.path("windows", "test")))
     users, first = np.unique(test.user_ids.to_pylist(), return_index=True)  # the store ends before the first test moment
     prepared = collate(test, first, predictor.schema).history
@@ -146,7 +146,7 @@ def none(value: float) -> float | None:
 
 
 def some_history(run: TinyRun) -> History:
-    store = HistoryStore(str(run.folder / "data"))
+    store = PreparedHistories(str(run.folder / "data"))
     histories = [h for u in store.user_ids() if (h := store.get(u)) is not None]
     return max(histories, key=lambda h: len(h.item_ids))
 
@@ -187,7 +187,7 @@ def test_the_position_of_a_request_changes_nothing_and_its_price_does(run: TinyR
 def test_batch_scoring_is_the_predictor_with_an_empty_request(run: TinyRun) -> None:
     store = storage.read_table(run.data.path("store"))
     table = pa.concat_tables(user_tables(run.predictor, [store], Ask("lists", 3, 7), Tally()))
-    history = HistoryStore(str(run.folder / "data"))
+    history = PreparedHistories(str(run.folder / "data"))
     for user in store["user_id"].to_pylist()[:5]:
         known = history.get(user)
         assert known is not None

@@ -12,7 +12,7 @@ from mtrec_ray.config import TrainConfig
 from mtrec_ray.data.partition import hash_ids
 from mtrec_ray.models.item_tower import IdResiduals, ItemTower
 from mtrec_ray.models.recommender import Recommender
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.training.feed import WindowCache, collate
 from mtrec_ray.training.worker import build_feed, build_model, load_schema
 from tests import tiny
@@ -113,7 +113,7 @@ def test_a_model_with_hashed_ids_is_trained_bundled_and_served(tiny_run: TinyRun
     assert len(set(map(tuple, vectors[:trained].tolist()))) > 7 and not vectors[trained:].any()
     predictor = tiny.write_bundle(config, tiny_run.data, model, tmp_path / "bundle")
     torch.testing.assert_close(predictor.item_vec_ND, vectors)
-    history = HistoryStore(tiny_run.data.root).get("u3")
+    history = PreparedHistories(tiny_run.data.root).get("u3")
     assert history is not None and len(predictor.recommend([history], 3)[0]["items"]) == 3
 
 

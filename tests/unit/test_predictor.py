@@ -8,7 +8,7 @@ import torch
 
 from mtrec_ray.predictor import NO_HISTORY, UNKNOWN_HISTORY_ITEMS, Candidates, History, Predictor, UnknownItemError
 from mtrec_ray.retrieval.exact import NONE
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from tests import tiny
 from tests.conftest import TinyRun
 
@@ -19,11 +19,11 @@ def predictor(tiny_run: TinyRun) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def store(tiny_run: TinyRun) -> HistoryStore:
-    return HistoryStore(str(tiny_run.folder / "data"))
+def store(tiny_run: TinyRun) -> PreparedHistories:
+    return PreparedHistories(str(tiny_run.folder / "data"))
 
 
-def stored(store: HistoryStore, user_id: str) -> History:
+def stored(store: PreparedHistories, user_id: str) -> History:
     history = store.get(user_id)
     assert history is not None
     return history
@@ -42,7 +42,7 @@ def _catalogue(p: Predictor) -> Any:
     return pa.table({"item_id": p.item_ids, "title": p.titles, "count": counts})
 
 
-def test_a_batch_gives_what_single_requests_give(predictor: Predictor, store: HistoryStore) -> None:
+def test_a_batch_gives_what_single_requests_give(predictor: Predictor, store: PreparedHistories) -> None:
     histories = [stored(store, u) for u in store.user_ids()] + [History()]
     together = predictor.recommend(histories, 5)
     for history, answer in zip(histories, together, strict=True):
@@ -72,12 +72,12 @@ def test_final_weights_do_not_reorder_the_popularity_list(tiny_run: TinyRun) -> 
     assert [i["item_id"] for i in before] == [i["item_id"] for i in after]
 
 
-def test_k_beyond_the_catalogue_gives_what_there_is_and_each_item_once(predictor: Predictor, store: HistoryStore) -> None:
+def test_k_beyond_the_catalogue_gives_what_there_is_and_each_item_once(predictor: Predictor, store: PreparedHistories) -> None:
     items = predictor.recommend([stored(store, "u1")], 10_000)[0]["items"]
     assert len(items) == len(predictor.item_ids) == len({i["item_id"] for i in items})
 
 
-def test_seen_items_are_left_out_and_the_list_is_filled_up(tiny_run: TinyRun, store: HistoryStore) -> None:
+def test_seen_items_are_left_out_and_the_list_is_filled_up(tiny_run: TinyRun, store: PreparedHistories) -> None:
     p = with_exclude_seen(tiny_run)
     for user in store.user_ids():
         history = stored(store, user)
@@ -92,7 +92,7 @@ def test_a_user_who_has_seen_everything_gets_an_empty_list(tiny_run: TinyRun) ->
     assert p.recommend([history], 5)[0]["items"] == []
 
 
-def test_unknown_items_of_a_history_are_left_out_and_marked(predictor: Predictor, store: HistoryStore) -> None:
+def test_unknown_items_of_a_history_are_left_out_and_marked(predictor: Predictor, store: PreparedHistories) -> None:
     history = History(["i1", "gone", "i2"], [1, 2, 3], {"click": [1, 1, 1]})
     answer = predictor.recommend([history, History(["gone"], [1])], 4)
     known = predictor.recommend([History(["i1", "i2"], [1, 3], {"click": [1, 1]})], 4)[0]
@@ -120,7 +120,7 @@ def test_at_cuts_the_history_strictly_before(predictor: Predictor) -> None:
     assert predictor.recommend([history.before(1)], 2)[0]["degraded"] == [NO_HISTORY]
 
 
-def test_score_items_agrees_with_recommend(predictor: Predictor, store: HistoryStore) -> None:
+def test_score_items_agrees_with_recommend(predictor: Predictor, store: PreparedHistories) -> None:
     history = stored(store, "u2")
     items = predictor.recommend([history], 5)[0]["items"]
     scored = predictor.score_items(history, [i["item_id"] for i in items])["items"]
@@ -145,7 +145,7 @@ def test_similar_leaves_out_the_item_itself_and_is_sorted(predictor: Predictor) 
     assert scores == sorted(scores, reverse=True) and max(scores) <= 1 + 1e-5
 
 
-def test_a_profile_is_a_distribution_per_attribute(predictor: Predictor, store: HistoryStore) -> None:
+def test_a_profile_is_a_distribution_per_attribute(predictor: Predictor, store: PreparedHistories) -> None:
     profile = predictor.profile(stored(store, "u3"))["profile"]
     assert set(profile) == {"taste", "age_group"} and set(profile["age_group"]) == {"<25", "25-34", "35+"}
     for values in profile.values():

@@ -18,7 +18,7 @@ from mtrec_ray.config import ConfigError, PseudonymConfig, RunConfig
 from mtrec_ray.data.forget import forget
 from mtrec_ray.privacy import PseudonymKeyError, Pseudonyms
 from mtrec_ray.scoring.shards import Output, verify
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.training.worker import mapped_windows, window_cache
 from tests import tiny
 from tests.unit.test_append import append
@@ -102,8 +102,8 @@ def test_prepared_data_hold_pseudonyms_and_neither_ids_nor_the_key(key: str, tmp
     plain = tiny.prepare_locally(config_of(tmp_path, max_bad_share=0.5), tmp_path / "plain")
     data = tiny.prepare_locally(config_of(tmp_path, max_bad_share=0.5, pseudonyms={"key_env": "MTREC_TEST_KEY"}), tmp_path / "data")
     p = Pseudonyms.load(ENV)
-    store = HistoryStore(str(tmp_path / "data"))
-    original = HistoryStore(str(tmp_path / "plain"))
+    store = PreparedHistories(str(tmp_path / "data"))
+    original = PreparedHistories(str(tmp_path / "plain"))
     assert len(store.user_ids()) == 24 and set(store.user_ids()) == {p.one(u) for u in original.user_ids()}
     assert repr(store.get(p.one("u7"))) == repr(original.get("u7"))
     said = every_byte(tmp_path / "data")
@@ -189,7 +189,7 @@ def test_a_forgotten_user_is_in_no_file_of_the_run(run: Path) -> None:
     rows, old = directory.manifest["rows"], before["rows"]
     assert rows["users"] == old["users"] - 1 and rows["events"] + found.rows["events"] == old["events"]
     assert rows["events"] + rows["quarantined"] + rows["forgotten"] == rows["read"] == old["read"]
-    assert HistoryStore(str(run / "run" / "data")).get("u7") is None
+    assert PreparedHistories(str(run / "run" / "data")).get("u7") is None
     assert verify(str(run / "run" / "scores"))["rows"] == 23
 
 
@@ -236,12 +236,12 @@ def test_forgetting_a_stranger_changes_no_data_and_holds_for_later(run: Path) ->
     with open(run / "log" / "part9.csv", "w") as file:
         file.write("user,item,ts,click,rating,device\na stranger,i1,1700000000000,1,4,web\n")
     again = tiny.prepare_locally(config_of(run), run / "run" / "data")
-    assert again.manifest["rows"]["forgotten"] == 1 and HistoryStore(str(run / "run" / "data")).get("a stranger") is None
+    assert again.manifest["rows"]["forgotten"] == 1 and PreparedHistories(str(run / "run" / "data")).get("a stranger") is None
 
 
 def test_a_running_store_turns_to_the_data_that_are_published_anew(run: Path) -> None:
     """What it has in memory may be older until it meets a file that is gone; a known user never becomes unknown."""
-    store, version = HistoryStore(str(run / "run" / "data"), keep=1), ""
+    store, version = PreparedHistories(str(run / "run" / "data"), keep=1), ""
     assert store.get("u3") is not None
     forget(str(run / "run"), ["u7"])
     for user in [f"u{n}" for n in range(24) if n != 7]:
@@ -265,4 +265,4 @@ def test_the_job_finds_users_behind_their_pseudonyms(key: str, tmp_path: Path, c
     tiny.prepare_locally(config_of(tmp_path, pseudonyms={"key_env": "MTREC_TEST_KEY"}), tmp_path / "run" / "data")
     assert forget_job.main(["--run", str(tmp_path / "run"), "--user", "u7"]) == 0
     assert "store: 1 row(s) removed" in capsys.readouterr().out
-    assert HistoryStore(str(tmp_path / "run" / "data")).get(Pseudonyms.load(ENV).one("u7")) is None
+    assert PreparedHistories(str(tmp_path / "run" / "data")).get(Pseudonyms.load(ENV).one("u7")) is None

@@ -22,7 +22,7 @@ from mtrec_ray.scoring.asked import ScoringError, Split
 from mtrec_ray.scoring.export import ExportError, lists_of, to_jsonl, to_redis
 from mtrec_ray.scoring.shards import Output, VerifyError
 from mtrec_ray.scoring.tables import Ask, Tally, user_tables
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from tests.conftest import TinyRun
 
 
@@ -55,7 +55,7 @@ def test_given_pairs_get_the_numbers_of_the_predictor(tiny_run: TinyRun) -> None
     rows, tally = rows_of(tiny_run, Ask("pairs", users=once["user_id"].combine_chunks().unique(), pairs=once, batch_users=1))
     assert sorted((r["user_id"], r["item_id"]) for r in rows) == sorted((p["user_id"], p["item_id"]) for p in pairs.to_pylist())
     assert (tally.users, tally.unknown, tally.unknown_items, tally.fallbacks) == (3, 1, 1, 1)
-    store = HistoryStore(tiny_run.data.root)
+    store = PreparedHistories(tiny_run.data.root)
     for row in rows:
         history = store.get(row["user_id"]) or History()
         if row["item_id"] == "nothing":

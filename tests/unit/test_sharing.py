@@ -19,7 +19,7 @@ from mtrec_ray.config import ConfigError, ModelConfig, RunConfig
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.models.sharing import CGC, PLE, SHARING, Inputs, MMoE, PEPNet, SharedBottom, Sharing, build_sharing
 from mtrec_ray.models.sharing.base import MANY
-from mtrec_ray.serving.history import HistoryStore
+from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.training.feed import WindowCache, collate
 from mtrec_ray.training.loop import build_optimizer
 from mtrec_ray.training.worker import build_model, load_schema
@@ -276,7 +276,7 @@ def test_a_bundle_of_every_sharing_layer_answers_as_its_model(
     config = run_config(tiny_folder, kind, "aitm" if kind == "ple" else "esmm")
     model = tiny.train_locally(config, liked)
     predictor = tiny.write_bundle(config, liked, model, tmp_path / "bundle")
-    history = HistoryStore(liked.root).get("u3")
+    history = PreparedHistories(liked.root).get("u3")
     assert history is not None
     state_BD = predictor.encode_state(predictor.encode_histories([history, history]).batch)
     K = len(predictor.item_ids)
@@ -308,7 +308,7 @@ def test_without_a_pointwise_task_there_is_no_layer_and_all_the_rest_works(
     assert not list(model.sharing.parameters()) and not list(model.request_context.parameters())
     assert not [n for n, g in gradients(model, tiny_run.data, True).items() if g is None]
     predictor = tiny.write_bundle(config, tiny_run.data, model, tmp_path / "bundle")
-    history = HistoryStore(tiny_run.data.root).get("u3")
+    history = PreparedHistories(tiny_run.data.root).get("u3")
     assert history is not None
     assert set(predictor.recommend([history], 3)[0]["items"][0]["tasks"]) == {"retrieval"}
     assert build_optimizer(model, config.train)

@@ -1,0 +1,195 @@
+"""Live histories in Redis or Valkey: for the replicas of a cluster. It knows no Ray.
+
+    PREFIX:v:USER        version            PREFIX:ev:USER    sorted set of events: score the time, member "PLACE ITEM\\nBODY"
+    PREFIX:seen:USER     hash: item -> first time             PREFIX:ids:USER   set of event ids
+    PREFIX:log           stream of accepted events
+
+One script keeps an event: all of it or nothing. Acknowledged means durable, so the server must have `appendonly yes` and
+`appendfsync always`, which is checked at the start. In a Redis Cluster the prefix must hold a hash tag ({mtrec}).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+
+from mtrec_ray.predictor import History
+from mtrec_ray.serving.sqlite_store import logged
+from mtrec_ray.serving.store import Stored, StoredEvent, StoreError, events_of, history_of, users_of
+
+# KEYS: version, events, seen, ids, log. ARGV: keep, user, then six of every event: id, item, time, shown, body, place ("" for one
+# that is new and goes into the log)
+_APPEND = """
+local new, changed, before = {}, false, {}
+if #ARGV > 2 and ARGV[8] ~= '' then  -- of the prepared data: what is there already is not kept twice
+  local there = redis.call('ZRANGE', KEYS[2], 0, -1, 'WITHSCORES')
+  for m = 1, #there, 2 do
+    local tail = string.sub(there[m], 18)
+    before[there[m+1] .. ' ' .. string.sub(tail, 1, string.find(tail, '\\n') - 1)] = true
+  end
+end
+for a = 3, #ARGV, 6 do
+  local id, item, time, shown, body, place = ARGV[a], ARGV[a+1], ARGV[a+2], ARGV[a+3], ARGV[a+4], ARGV[a+5]
+  local fresh = true
+  if id ~= '' then fresh = redis.call('SADD', KEYS[4], id) == 1 end
+  if fresh then
+    if place == '' then
+      redis.call('XADD', KEYS[5], '*', 'u', ARGV[2], 'i', item, 't', time, 'e', id, 's', shown, 'b', body)
+      place = string.format('%016d', 1000000000 + redis.call('INCR', KEYS[5] .. ':places'))
+    elseif before[time .. ' ' .. item] then
+      shown = '0'
+    end
+    if shown == '1' then
+      redis.call('ZADD', KEYS[2], time, place .. ' ' .. item .. '\\n' .. body)
+      local first = redis.call('HGET', KEYS[3], item)
+      if not first or tonumber(time) < tonumber(first) then redis.call('HSET', KEYS[3], item, time) end
+      changed = true
+    end
+  end
+  table.insert(new, fresh and 1 or 0)
+end
+redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -tonumber(ARGV[1]) - 1)
+if changed or redis.call('EXISTS', KEYS[1]) == 0 then redis.call('INCR', KEYS[1]) end
+return new
+"""
+
+
+class RedisStore:
+    """A HistoryStore on a server. An item id holds no line break (preparation allows none in requests either)."""
+
+    def __init__(
+        self,
+        url: str,
+        actions: Sequence[str],
+        context: Sequence[str],
+        keep: int,
+        prepared: Callable[[str], History | None] = lambda user_id: None,
+        prefix: str = "{mtrec}",
+        trust_durability: bool = False,
+    ) -> None:
+        """As SqliteStore. trust_durability: a managed server that does not tell its settings is taken to keep what it says."""
+        try:
+            import redis
+        except ModuleNotFoundError:
+            raise StoreError("Redis needs the package redis: pip install 'mtrec_ray[redis]'") from None
+        self.actions, self.context, self.keep, self.prepared, self.prefix = actions, context, keep, prepared, prefix
+        self._error = redis.RedisError
+        with self._errors():
+            self._client = redis.Redis.from_url(url, decode_responses=True, socket_connect_timeout=2, socket_timeout=2)
+            self._script = self._client.register_script(_APPEND)
+            self._client.ping()
+        if not trust_durability:
+            self._check_durability()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (self._error, ValueError) as error:
+            raise StoreError(f"history store (Redis): {type(error).__name__}: {error}") from error
+
+    def _check_durability(self) -> None:
+        with self._errors():
+            said = self._client.config_get("append*")
+        only, sync = said.get("appendonly"), said.get("appendfsync")
+        if only != "yes" or sync != "always":
+            raise StoreError(
+                f"history store (Redis): appendonly is {only!r}, appendfsync {sync!r}: an event that was acknowledged could be lost. "
+                "Set `appendonly yes` and `appendfsync always`"
+            )
+
+    def _keys(self, user_id: str) -> list[str]:
+        return [*(f"{self.prefix}:{kind}:{user_id}" for kind in ("v", "ev", "seen", "ids")), f"{self.prefix}:log"]
+
+    def get(self, user_id: str) -> Stored | None:
+        found = self._read(user_id)
+        if found is not None:
+            return found
+        history = self.prepared(user_id)
+        if history is None:
+            return None
+        self._join(user_id, history)
+        return self._read(user_id)
+
+    def _read(self, user_id: str) -> Stored | None:
+        version, events, seen, *_ = self._keys(user_id)
+        with self._errors():
+            pipe = self._client.pipeline(transaction=True)
+            pipe.get(version).zrange(events, 0, -1, withscores=True).hgetall(seen)
+            number, members, items = pipe.execute()
+        if number is None:
+            return None
+        rows = []
+        for member, time in members:
+            item, _, body = member[17:].partition("\n")
+            rows.append((item, int(time), body))
+        return Stored(history_of(rows, [(i, int(t)) for i, t in items.items()], self.actions, self.context), str(number))
+
+    def append(self, events: Sequence[StoredEvent]) -> list[bool]:
+        """Events of one user are kept all or none; of several users, user by user."""
+        new: dict[int, bool] = {}
+        by_user: dict[str, list[int]] = {}
+        for place, event in enumerate(events):
+            by_user.setdefault(event.user_id, []).append(place)
+        for user_id, places in by_user.items():
+            with self._errors():
+                known = self._client.exists(self._keys(user_id)[0])
+            if not known:
+                self._join(user_id, self.prepared(user_id) or History())
+            new |= dict(zip(places, self._kept(user_id, [(events[p], "") for p in places]), strict=True))
+        return [new[place] for place in range(len(events))]
+
+    def _kept(self, user_id: str, events: Sequence[tuple[StoredEvent, str]]) -> list[bool]:
+        values: list[Any] = [self.keep, user_id]
+        for e, place in events:
+            values += [e.event_id or "", e.item_id, e.timestamp, int(e.shown), e.body(), place]
+        with self._errors():
+            return [bool(n) for n in self._script(keys=self._keys(user_id), args=values)]
+
+    def _join(self, user_id: str, history: History) -> None:
+        """What preparation knows joins what is there."""
+        seen = self._keys(user_id)[2]
+        events = events_of(user_id, history)
+        with self._errors():
+            pipe = self._client.pipeline(transaction=True)
+            for item, time in zip(history.seen_item_ids, history.seen_times, strict=True):
+                pipe.hsetnx(seen, item, int(time))
+            pipe.execute()
+        self._kept(user_id, [(event, f"{place:016d}") for place, event in enumerate(events)])
+
+    def load(self, rows: Iterable[pa.Table]) -> int:
+        users = 0
+        for user_id, history in users_of(rows):
+            self._join(user_id, history)
+            users += 1
+        return users
+
+    def forget(self, user_ids: Sequence[str]) -> int:
+        removed, wanted = 0, set(user_ids)
+        with self._errors():
+            for number, fields in self._client.xrange(f"{self.prefix}:log"):
+                if fields["u"] in wanted:
+                    removed += int(self._client.xdel(f"{self.prefix}:log", number))
+            for user_id in wanted:
+                version, events, seen, ids, _ = self._keys(user_id)
+                removed += int(self._client.zcard(events)) + int(self._client.hlen(seen))
+                self._client.delete(version, events, seen, ids)
+            self._client.bgrewriteaof()  # the file of appended commands still names them until it is written anew
+        return removed
+
+    def log(self, after: int, limit: int) -> list[tuple[int, StoredEvent]]:
+        """Numbers are those of the stream, milliseconds · 2^20 + place."""
+        start = "-" if after <= 0 else f"({after >> 20}-{after & 0xFFFFF}"
+        with self._errors():
+            found = self._client.xrange(f"{self.prefix}:log", start, count=limit)
+        out = []
+        for name, f in found:
+            ms, _, place = name.partition("-")
+            out.append(((int(ms) << 20) + int(place), logged(f["u"], f["i"], f["t"], f["e"] or None, f["b"], f["s"])))
+        return out
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,215 @@
+"""Live histories in SQLite: the embedded default, for the replicas of one machine. It knows no Ray.
+
+WAL with `synchronous=FULL`: what a commit acknowledged survives a loss of power. Readers never wait; writers wait for each other.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mtrec_ray.predictor import History
+from mtrec_ray.serving.store import Stored, StoredEvent, StoreError, events_of, history_of, users_of
+
+WAIT_SECONDS = 5.0
+"""For another writer, before StoreError."""
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS users (user_id TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    user_id TEXT NOT NULL, timestamp INTEGER NOT NULL, place INTEGER NOT NULL, item_id TEXT NOT NULL, body TEXT NOT NULL,
+    PRIMARY KEY (user_id, timestamp, place)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS seen (
+    user_id TEXT NOT NULL, item_id TEXT NOT NULL, timestamp INTEGER NOT NULL, PRIMARY KEY (user_id, item_id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS log (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, event_id TEXT, item_id TEXT NOT NULL,
+    timestamp INTEGER NOT NULL, shown INTEGER NOT NULL, body TEXT NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS log_ids ON log (user_id, event_id) WHERE event_id IS NOT NULL;
+"""
+
+
+class SqliteStore:
+    """A HistoryStore in one file."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        actions: Sequence[str],
+        context: Sequence[str],
+        keep: int,
+        prepared: Callable[[str], History | None] = lambda user_id: None,
+    ) -> None:
+        """actions, context: names that histories have. keep: events of a user's history; older ones are seen alone. prepared: what
+        is known of a user that is met for the first time."""
+        self.path, self.actions, self.context, self.keep, self.prepared = str(path), actions, context, keep, prepared
+        self._own = threading.local()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with self._errors():
+            self._db.executescript(_TABLES)
+            mode, full = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
+        if mode != "wal" or full != 2:
+            raise StoreError(f"{path}: SQLite gives journal_mode {mode}, synchronous {full}; wal and 2 (FULL) are needed")
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        """A connection for every thread."""
+        if not hasattr(self._own, "db"):
+            self._own.db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None)
+            self._own.db.execute("PRAGMA journal_mode=WAL")
+            self._own.db.execute("PRAGMA synchronous=FULL")
+        return self._own.db  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {error}") from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """All that is done in it, or nothing."""
+        with self._errors():
+            db = self._db
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+    def get(self, user_id: str) -> Stored | None:
+        with self._errors():
+            found = self._read(user_id)
+        if found is not None:
+            return found
+        history = self.prepared(user_id)
+        if history is None:
+            return None
+        with self._writing() as db:
+            self._join(db, user_id, history)
+        with self._errors():
+            return self._read(user_id)
+
+    def _read(self, user_id: str) -> Stored | None:
+        db = self._db
+        db.execute("BEGIN")  # version, events and seen items of one moment
+        try:
+            known = db.execute("SELECT version FROM users WHERE user_id = ?", (user_id,)).fetchone()
+            if known is None:
+                return None
+            wanted = "SELECT item_id, timestamp, body FROM events WHERE user_id = ? ORDER BY timestamp, place"
+            events = db.execute(wanted, (user_id,)).fetchall()
+            seen = db.execute("SELECT item_id, timestamp FROM seen WHERE user_id = ?", (user_id,)).fetchall()
+        finally:
+            db.execute("COMMIT")
+        return Stored(history_of(events, seen, self.actions, self.context), str(known[0]))
+
+    def append(self, events: Sequence[StoredEvent]) -> list[bool]:
+        known = {e.user_id for e in events}
+        fresh = {u: self.prepared(u) for u in known if not self._known(u)}
+        with self._writing() as db:
+            for user_id, history in fresh.items():
+                if db.execute("SELECT 1 FROM users WHERE user_id = ?", (user_id,)).fetchone() is None:
+                    self._join(db, user_id, history or History())
+            new = [self._keep(db, event) for event in events]
+            for user_id in {e.user_id for e, is_new in zip(events, new, strict=True) if is_new and e.shown}:
+                self._cut(db, user_id)
+                db.execute("UPDATE users SET version = version + 1 WHERE user_id = ?", (user_id,))
+        return new
+
+    def _known(self, user_id: str) -> bool:
+        with self._errors():
+            return self._db.execute("SELECT 1 FROM users WHERE user_id = ?", (user_id,)).fetchone() is not None
+
+    def _keep(self, db: sqlite3.Connection, event: StoredEvent) -> bool:
+        row = (event.user_id, event.event_id, event.item_id, event.timestamp, int(event.shown), event.body())
+        columns = "INSERT OR IGNORE INTO log (user_id, event_id, item_id, timestamp, shown, body) VALUES (?, ?, ?, ?, ?, ?)"
+        cursor = db.execute(columns, row)
+        if cursor.rowcount and event.shown:
+            # ties in time keep the order of acceptance, behind what preparation brought
+            self._insert(db, event, int(cursor.lastrowid or 0))
+        return bool(cursor.rowcount)
+
+    def _insert(self, db: sqlite3.Connection, event: StoredEvent, place: int) -> None:
+        db.execute(
+            "INSERT OR IGNORE INTO events VALUES (?, ?, ?, ?, ?)",
+            (event.user_id, event.timestamp, place, event.item_id, event.body()),
+        )
+        self._see(db, event.user_id, [(event.item_id, event.timestamp)])
+
+    def _see(self, db: sqlite3.Connection, user_id: str, items: Iterable[tuple[str, int]]) -> None:
+        """An item is seen from its first event on."""
+        db.executemany(
+            "INSERT INTO seen VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET timestamp = min(timestamp, excluded.timestamp)",
+            [(user_id, item, time) for item, time in items],
+        )
+
+    def _join(self, db: sqlite3.Connection, user_id: str, history: History) -> None:
+        """What preparation knows joins what is there."""
+        before = db.execute("SELECT timestamp, item_id FROM events WHERE user_id = ?", (user_id,)).fetchall()
+        there = {(int(t), str(i)) for t, i in before}
+        events = events_of(user_id, history)
+        for place, event in enumerate(events):
+            if (event.timestamp, event.item_id) not in there:
+                self._insert(db, event, place - len(events))
+        self._see(db, user_id, zip(history.seen_item_ids, history.seen_times, strict=True))
+        db.execute("INSERT INTO users VALUES (?, 1) ON CONFLICT DO UPDATE SET version = version + 1", (user_id,))
+        self._cut(db, user_id)
+
+    def _cut(self, db: sqlite3.Connection, user_id: str) -> None:
+        """Only the last events stay; their items are in `seen` anyway."""
+        db.execute(
+            "DELETE FROM events WHERE user_id = ?1 AND (timestamp, place) IN (SELECT timestamp, place FROM events "
+            "WHERE user_id = ?1 ORDER BY timestamp DESC, place DESC LIMIT -1 OFFSET ?2)",
+            (user_id, self.keep),
+        )
+
+    def load(self, rows: Iterable[pa.Table]) -> int:
+        users = 0
+        for table in rows:  # a transaction for every piece
+            with self._writing() as db:
+                for user_id, history in users_of([table]):
+                    self._join(db, user_id, history)
+                    users += 1
+        return users
+
+    def forget(self, user_ids: Sequence[str]) -> int:
+        removed = 0
+        with self._writing() as db:
+            for user_id in user_ids:
+                removed += db.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
+                removed += db.execute("DELETE FROM log WHERE user_id = ?", (user_id,)).rowcount
+                removed += db.execute("DELETE FROM seen WHERE user_id = ?", (user_id,)).rowcount
+                removed += db.execute("DELETE FROM users WHERE user_id = ?", (user_id,)).rowcount
+        with self._errors():  # deleted rows stay in free pages and in the journal until these are written anew
+            self._db.execute("VACUUM")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return removed
+
+    def log(self, after: int, limit: int) -> list[tuple[int, StoredEvent]]:
+        wanted = (
+            "SELECT number, user_id, item_id, timestamp, event_id, body, shown FROM log WHERE number > ? ORDER BY number LIMIT ?"
+        )
+        with self._errors():
+            found = self._db.execute(wanted, (after, limit)).fetchall()
+        return [(int(row[0]), logged(*row[1:])) for row in found]
+
+    def close(self) -> None:
+        if hasattr(self._own, "db"):
+            self._own.db.close()
+            del self._own.db
+
+
+def logged(user_id: str, item_id: str, timestamp: int, event_id: str | None, body: str, shown: Any) -> StoredEvent:
+    """A row of a log."""
+    content = json.loads(body)
+    return StoredEvent(user_id, item_id, int(timestamp), event_id, content["actions"], content["context"], bool(int(shown)))
