@@ -262,6 +262,20 @@ class Predictor:
             raise UnknownItemError(item_ids[int(np.argmax(found == NONE))])
         return found
 
+    def known_items(self, item_ids: Sequence[str]) -> IntArray:
+        """Ids -> ascending catalogue positions; ids that the catalogue lacks are left out."""
+        found = np.unique(np.array([self.position.get(i, NONE) for i in item_ids], dtype=np.int64))
+        return found[found != NONE]
+
+    def check_weights(self, weights: Mapping[str, float]) -> None:
+        """Raises FilterError for a final weight of a task that ranks nothing, or that is no number."""
+        known = [str(self.retrieval_name), *self.model.pointwise]
+        for name, weight in weights.items():
+            if name not in known:
+                raise FilterError(f"weights: {name!r} is no task of the final order; known are {known}")
+            if not np.isfinite(weight):
+                raise FilterError(f"weights.{name}: expected a finite number, found {weight!r}")
+
     def allowed(self, where: Mapping[str, Sequence[str]]) -> NDArray[np.bool_]:
         """Items that have, for every attribute named, one of the values -> (N,). Attributes are `data.item_features`.
 
@@ -448,9 +462,7 @@ class Predictor:
         assert self.retrieval_name is not None  # there is a logit
         return {self.retrieval_name: logit_BK, **predictions}
 
-    def final_scores(
-        self, logit_BK: Tensor, predictions: dict[str, Tensor], weights: Mapping[str, float] | None = None
-    ) -> Tensor:
+    def final_scores(self, logit_BK: Tensor, predictions: dict[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
         """Σ w·g (DESIGN §1.4)."""
         chosen = self.final_weights | dict(weights or {})
         total = chosen.get(self.retrieval_name or "", 0.0) * logit_BK

@@ -10,6 +10,7 @@ from ray import serve
 
 from mtrec_ray import storage
 from mtrec_ray.serving.deployments import build_graph
+from mtrec_ray.serving.settings import ServingSettings
 
 
 class Args(BaseModel):
@@ -21,10 +22,12 @@ class Args(BaseModel):
     """Run directory or URI with bundle/ and data/."""
     options: dict[str, dict[str, Any]] = {}
     """Deployment name -> Serve options, for callers that do not deploy the YAML."""
+    serving: ServingSettings = ServingSettings()
+    """Store of live histories, tokens, limits (docs/serving.md)."""
 
 
 def build(args: Args) -> serve.Application:
-    """Application builder. Raises StorageError here, before any replica starts, when the run has no bundle."""
+    """Application builder. Raises StorageError, or ValueError for a store that cannot be here, before any replica starts."""
     for name in ("bundle", "data"):
         storage.Directory(storage.join(args.run, name)).manifest  # noqa: B018
-    return build_graph(storage.join(args.run, "bundle"), storage.join(args.run, "data"), args.options)
+    return build_graph(storage.join(args.run, "bundle"), storage.join(args.run, "data"), args.options, args.serving)

@@ -103,7 +103,11 @@ class EventsRequest(_Request):
         strict=True,
         json_schema_extra={
             "examples": [
-                {"events": [{"user_id": "196", "event_id": "e7", "item_id": "50", "timestamp": 1700000000000, "actions": {"rating": 5}}]}
+                {
+                    "events": [
+                        {"user_id": "196", "event_id": "e7", "item_id": "50", "timestamp": 1700000000000, "actions": {"rating": 5}}
+                    ]
+                }
             ]
         },
     )

@@ -8,11 +8,14 @@ stamp, refuses. Torch runs in an executor of one thread, never on a replica's ev
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
+import ray
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -21,13 +24,17 @@ from ray.serve.handle import DeploymentHandle
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.predictor import Candidates, History, IntArray, UnknownItemError
+from mtrec_ray.predictor import Candidates, FilterError, History, IntArray, UnknownItemError
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.serving import api
+from mtrec_ray.serving.guard import Guard, Guarded, set_guard
 from mtrec_ray.serving.history import PreparedHistories
+from mtrec_ray.serving.settings import ServingSettings, Tokens, open_store, store_path
 from mtrec_ray.serving.sharded import ShardedIndex
+from mtrec_ray.serving.store import SKEW_MS, EventError, EventRules, StoreError
 
 T = TypeVar("T")
+STORE_DOWN = "history_store_down"
 
 
 class MixedBundlesError(RuntimeError):
@@ -87,15 +94,27 @@ class _Stage:
 class StateEncoder(_Stage):
     """histories → user states. Where events have texts it holds the TextEncoder."""
 
-    def __init__(self, bundle_uri: str, threads: int = 1) -> None:
+    def __init__(self, bundle_uri: str, threads: int = 1, cached: int = 4096) -> None:
+        """cached: states that it remembers."""
         super().__init__(bundle_uri, threads)
+        self.cached, self._states = cached, OrderedDict[tuple[str, str], EncodedState]()
         if self.predictor.schema.event_texts:
             _ = self.predictor.event_texts  # an encoder that is not here is said now, and not to the first caller
 
-    async def encode(self, stamp: Stamp, history: History) -> EncodedState:
-        """State, seen positions and degradations of one history."""
+    async def encode(self, stamp: Stamp, history: History, user_id: str | None = None) -> EncodedState:
+        """State, seen positions and degradations of one history. user_id: whose it is in this version, to remember the state."""
         self._check(stamp)
-        return await self._run(self._encode, stamp, history)
+        key = (user_id or "", stamp.history)
+        known = self._states.get(key) if user_id is not None else None
+        if known is not None:
+            self._states.move_to_end(key)
+            return known
+        state = await self._run(self._encode, stamp, history)
+        if user_id is not None and self.cached:
+            self._states[key] = state
+            while len(self._states) > self.cached:
+                self._states.popitem(last=False)
+        return state
 
     def _encode(self, stamp: Stamp, history: History) -> EncodedState:
         encoded = self.predictor.encode_histories([history])
@@ -113,9 +132,22 @@ class Retrieval(_Stage):
         if shards > 1:
             self.predictor.index = ShardedIndex(bundle_uri, len(self.predictor.item_ids), shards)
 
-    async def retrieve(self, stamp: Stamp, state: EncodedState, k: int) -> Candidates:
+    async def retrieve(
+        self, stamp: Stamp, state: EncodedState, k: int, where: Mapping[str, list[str]] | None = None, only: list[str] | None = None
+    ) -> Candidates:
+        """where: filter by attributes; only: ids of items to choose from."""
         self._check(stamp, state)
-        return await self._run(self.predictor.retrieve, state.state_BD, state.length_B, state.seen, k)
+        return await self._run(self._retrieve, state, k, where, only)
+
+    def _retrieve(self, state: EncodedState, k: int, where: Mapping[str, list[str]] | None, only: list[str] | None) -> Candidates:
+        predictor, allowed_N = self.predictor, None
+        if where:
+            allowed_N = predictor.allowed(where)
+        if only is not None:
+            given_N = np.zeros(len(predictor.item_ids), bool)
+            given_N[predictor.known_items(only)] = True
+            allowed_N = given_N if allowed_N is None else allowed_N & given_N
+        return predictor.retrieve(state.state_BD, state.length_B, state.seen, k, allowed_N)
 
     async def logits(self, stamp: Stamp, state: EncodedState, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Retrieval scores of given items."""
@@ -150,6 +182,7 @@ http = FastAPI(
     description="Recommendations, scores, similar items and profiles from one multi-task model. Times are milliseconds UTC.",
     version="1",
 )
+http.add_middleware(Guarded)
 
 
 @http.exception_handler(UnknownItemError)
@@ -158,8 +191,17 @@ async def _unknown_item(request: Request, error: UnknownItemError) -> JSONRespon
 
 
 @http.exception_handler(api.BadRequestError)
-async def _bad_request(request: Request, error: api.BadRequestError) -> JSONResponse:
+@http.exception_handler(EventError)
+@http.exception_handler(FilterError)
+async def _bad_request(request: Request, error: ValueError) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, status_code=422)
+
+
+@http.exception_handler(StoreError)
+async def _store_down(request: Request, error: StoreError) -> JSONResponse:
+    """An event that cannot be kept is not acknowledged."""
+    detail = "the history store cannot be reached; nothing was kept, send the events again"
+    return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
 
 
 @http.exception_handler(MixedBundlesError)
@@ -168,21 +210,31 @@ async def _mixed_bundles(request: Request, error: MixedBundlesError) -> JSONResp
     return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
 
 
+_NO_STORE: dict[int | str, dict[str, Any]] = {
+    501: {"description": "The service keeps no events"},
+    503: {"description": "The store cannot be reached; nothing was kept"},
+}
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "An item id that the catalogue lacks"}}
 
 
 @serve.deployment(name="Ingress")
 @serve.ingress(http)
 class Ingress(_Stage):
-    """HTTP: reads the history, calls the stages, hosts `finalise`."""
+    """HTTP: reads the history, calls the stages, hosts `finalise`; keeps events."""
 
     def __init__(
-        self, bundle_uri: str, data_uri: str, encoder: DeploymentHandle, retrieval: DeploymentHandle, heads: DeploymentHandle
-    ) -> None:
+        self, bundle_uri: str, data_uri: str, encoder: DeploymentHandle, retrieval: DeploymentHandle, heads: DeploymentHandle,
+        settings: ServingSettings | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(bundle_uri)
-        self.store = PreparedHistories(data_uri)
-        settings, key = self.predictor.config.data.pseudonyms, self.predictor.schema.pseudonym_key
-        self.pseudonyms = None if settings is None else Pseudonyms.load(settings, key)
+        self.settings = settings or ServingSettings()
+        set_guard(Guard(Tokens(self.settings), self.settings.max_body_bytes))
+        self.prepared = PreparedHistories(data_uri)
+        self.store = open_store(self.settings.store, data_uri, self.predictor)
+        self.rules = EventRules(self.predictor.config, self.predictor.schema)
+        self._store_pool = ThreadPoolExecutor(1, thread_name_prefix="store")
+        names, key = self.predictor.config.data.pseudonyms, self.predictor.schema.pseudonym_key
+        self.pseudonyms = None if names is None else Pseudonyms.load(names, key)
         self.encoder, self.retrieval, self.heads = encoder, retrieval, heads
 
     @http.post("/recommend", response_model=api.RecommendAnswer)
@@ -190,12 +242,40 @@ class Ingress(_Stage):
         """The best k items for a stored user or an inline history."""
         predictor = self.predictor
         self._check_context(request.context)
+        predictor.check_weights(request.weights)
+        if request.where:
+            predictor.allowed(request.where)
         k = min(request.k, len(predictor.item_ids))
-        state = await self._state(request)
-        candidates = await self.retrieval.retrieve.remote(state.stamp, state, k)
+        state = self._excluding(await self._state(request), request)
+        filters = (request.where or None, request.candidates)
+        candidates = await self.retrieval.retrieve.remote(state.stamp, state, k, *filters)
         predictions = await self.heads.score.remote(state.stamp, state, candidates.item_BK, request.context)
-        ranked = await self._run(predictor.finalise, candidates, predictions, k)
+        ranked = await self._run(predictor.finalise, candidates, predictions, k, request.weights)
         return {"user_id": request.user_id, "bundle": state.stamp.bundle, **predictor.answers(ranked, [state.degraded])[0]}
+
+    def _excluding(self, state: EncodedState, request: api.RecommendRequest) -> EncodedState:
+        """The same state, and what this request leaves out."""
+        seen = state.seen
+        if request.exclude_seen is not None:
+            seen = state.visible if request.exclude_seen else [items[:0] for items in seen]
+        if request.exclude:
+            seen = [np.union1d(items, self.predictor.known_items(request.exclude)) for items in seen]
+        return state if seen is state.seen else replace(state, seen=seen)
+
+    @http.post("/events", response_model=api.EventsAnswer, responses=_NO_STORE)
+    async def events(self, request: api.EventsRequest) -> dict[str, int]:
+        """Keep what users did, all of it or nothing. It is durable before this answers, and in the very next recommendation."""
+        if self.store is None:
+            raise HTTPException(501, "this service keeps no events (store.kind: none)")
+        now, kept = api.now_ms(), []
+        for place, event in enumerate(request.events):
+            user_id = event.user_id if self.pseudonyms is None else self.pseudonyms.one(event.user_id)
+            where = f"events[{place}]: "
+            kept.append(
+                self.rules.check(where, user_id, event.item_id, event.timestamp, event.event_id, event.actions, event.context, now)
+            )
+        new = await asyncio.get_running_loop().run_in_executor(self._store_pool, self.store.append, kept)
+        return {"accepted": sum(new), "duplicates": len(new) - sum(new)}
 
     @http.post("/score", response_model=api.ScoreAnswer, responses=_NOT_FOUND)
     async def score(self, request: api.ScoreRequest) -> dict[str, Any]:
@@ -236,25 +316,54 @@ class Ingress(_Stage):
         return {"status": "ok", "bundle": me}
 
     async def _state(self, request: Any) -> EncodedState:
+        marks: list[str] = []
+        known_as: str | None = None
         if request.history is not None:
             history, version = api.inline_history(request.history, self.predictor.schema), "inline"
         else:
             known_as = request.user_id if self.pseudonyms is None else self.pseudonyms.one(request.user_id)
-            history, version = self.store.get(known_as) or History(), self.store.version
-        at = request.at if request.at is not None else api.now_ms()
+            try:
+                history, version = await asyncio.get_running_loop().run_in_executor(self._store_pool, self._stored, known_as)
+            except StoreError:  # rung 1: the answer of somebody whom nobody knows
+                history, version, known_as, marks = History(), "none", None, [STORE_DOWN]
+        at = request.at if request.at is not None else api.now_ms() + SKEW_MS
         stamp = Stamp(self.predictor.fingerprint, version)
-        return await self.encoder.encode.remote(stamp, history.before(at))  # type: ignore[no-any-return]
+        # what a moment of its own cuts is not remembered
+        state = await self.encoder.encode.remote(stamp, history.before(at), known_as if request.at is None else None)
+        return replace(state, degraded=[*marks, *state.degraded]) if marks else state  # type: ignore[no-any-return]
+
+    def _stored(self, known_as: str) -> tuple[History, str]:
+        """What is known of a user, and its version."""
+        if self.store is None:
+            return self.prepared.get(known_as) or History(), self.prepared.version
+        found = self.store.get(known_as)
+        return (
+            (History(), f"{self.prepared.version}:0")
+            if found is None
+            else (found.history, f"{self.prepared.version}:{found.version}")
+        )
 
     def _check_context(self, context: Mapping[str, api.Value]) -> None:
         api.check_context(context, {c.name: c for c in self.predictor.schema.request_features})
 
 
-def build_graph(bundle_uri: str, data_uri: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> serve.Application:
+def build_graph(
+    bundle_uri: str,
+    data_uri: str,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: ServingSettings | None = None,
+) -> serve.Application:
     """The four deployments, bound to one bundle and one store.
 
     options: deployment name -> Serve options (`autoscaling_config`, `ray_actor_options`, ...).
-    Raises NoRetrievalError, StorageError.
+    Raises NoRetrievalError, StorageError, ValueError for a store that cannot be here.
     """
+    settings = settings or ServingSettings()
+    if settings.store.kind == "sqlite":
+        store_path(settings.store, data_uri)
+        nodes = sum(1 for n in ray.nodes() if n["Alive"]) if ray.is_initialized() else 1
+        if nodes > 1:
+            raise ValueError(f"store.kind: sqlite is for one machine, and the cluster has {nodes} nodes; take redis")
     config = storage.join(storage.Directory(bundle_uri).prefix, "config.json")
     RunConfig.model_validate_json(storage.read_bytes(config)).require_retrieval("serving")
     root, data, chosen = storage.absolute(bundle_uri), storage.absolute(data_uri), options or {}
@@ -262,5 +371,5 @@ def build_graph(bundle_uri: str, data_uri: str, options: Mapping[str, Mapping[st
     def bind(deployment: Any, *args: Any) -> Any:
         return deployment.options(**chosen.get(deployment.name, {})).bind(*args)
 
-    stages = [bind(stage, root) for stage in (StateEncoder, Retrieval, Heads)]
-    return bind(Ingress, root, data, *stages)  # type: ignore[no-any-return]
+    stages = [bind(StateEncoder, root, 1, settings.cached_states), bind(Retrieval, root), bind(Heads, root)]
+    return bind(Ingress, root, data, *stages, settings)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Histories of the prepared data: files of user partitions, written by prepare, which batch scoring reads and live stores begin with."""
+"""Histories of the prepared data: files of user partitions, which batch scoring reads and live stores begin with."""
 
 from __future__ import annotations
 

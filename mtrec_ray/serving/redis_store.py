@@ -1,7 +1,9 @@
 """Live histories in Redis or Valkey: for the replicas of a cluster. It knows no Ray.
 
-    PREFIX:v:USER        version            PREFIX:ev:USER    sorted set of events: score the time, member "PLACE ITEM\\nBODY"
-    PREFIX:seen:USER     hash: item -> first time             PREFIX:ids:USER   set of event ids
+    PREFIX:v:USER        hash: n (version), base (prepared data in it)
+    PREFIX:ev:USER       sorted set of events: score the time, member "PLACE ITEM\\nBODY"
+    PREFIX:seen:USER     hash: item -> first time
+    PREFIX:ids:USER      set of event ids
     PREFIX:log           stream of accepted events
 
 One script keeps an event: all of it or nothing. Acknowledged means durable, so the server must have `appendonly yes` and
@@ -52,7 +54,7 @@ for a = 3, #ARGV, 6 do
   table.insert(new, fresh and 1 or 0)
 end
 redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -tonumber(ARGV[1]) - 1)
-if changed or redis.call('EXISTS', KEYS[1]) == 0 then redis.call('INCR', KEYS[1]) end
+if changed or redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HINCRBY', KEYS[1], 'n', 1) end
 return new
 """
 
@@ -67,6 +69,7 @@ class RedisStore:
         context: Sequence[str],
         keep: int,
         prepared: Callable[[str], History | None] = lambda user_id: None,
+        base: str = "",
         prefix: str = "{mtrec}",
         trust_durability: bool = False,
     ) -> None:
@@ -75,8 +78,10 @@ class RedisStore:
             import redis
         except ModuleNotFoundError:
             raise StoreError("Redis needs the package redis: pip install 'mtrec_ray[redis]'") from None
-        self.actions, self.context, self.keep, self.prepared, self.prefix = actions, context, keep, prepared, prefix
+        self.actions, self.context, self.keep, self.prepared = actions, context, keep, prepared
+        self.base, self.prefix = base, prefix
         self._error = redis.RedisError
+        self._client: Any
         with self._errors():
             self._client = redis.Redis.from_url(url, decode_responses=True, socket_connect_timeout=2, socket_timeout=2)
             self._script = self._client.register_script(_APPEND)
@@ -97,36 +102,38 @@ class RedisStore:
         only, sync = said.get("appendonly"), said.get("appendfsync")
         if only != "yes" or sync != "always":
             raise StoreError(
-                f"history store (Redis): appendonly is {only!r}, appendfsync {sync!r}: an event that was acknowledged could be lost. "
-                "Set `appendonly yes` and `appendfsync always`"
+                f"history store (Redis): appendonly is {only!r}, appendfsync {sync!r}: an event that was acknowledged could be "
+                "lost. Set `appendonly yes` and `appendfsync always`"
             )
 
     def _keys(self, user_id: str) -> list[str]:
         return [*(f"{self.prefix}:{kind}:{user_id}" for kind in ("v", "ev", "seen", "ids")), f"{self.prefix}:log"]
 
     def get(self, user_id: str) -> Stored | None:
-        found = self._read(user_id)
-        if found is not None:
+        found, base = self._read(user_id)
+        if base == self.base:
             return found
         history = self.prepared(user_id)
         if history is None:
-            return None
+            return found
         self._join(user_id, history)
-        return self._read(user_id)
+        return self._read(user_id)[0]
 
-    def _read(self, user_id: str) -> Stored | None:
+    def _read(self, user_id: str) -> tuple[Stored | None, str | None]:
+        """-> (the history, the version of the prepared data in it)."""
         version, events, seen, *_ = self._keys(user_id)
         with self._errors():
             pipe = self._client.pipeline(transaction=True)
-            pipe.get(version).zrange(events, 0, -1, withscores=True).hgetall(seen)
-            number, members, items = pipe.execute()
-        if number is None:
-            return None
+            pipe.hgetall(version).zrange(events, 0, -1, withscores=True).hgetall(seen)
+            known, members, items = pipe.execute()
+        if not known:
+            return None, None
         rows = []
         for member, time in members:
             item, _, body = member[17:].partition("\n")
             rows.append((item, int(time), body))
-        return Stored(history_of(rows, [(i, int(t)) for i, t in items.items()], self.actions, self.context), str(number))
+        history = history_of(rows, [(i, int(t)) for i, t in items.items()], self.actions, self.context)
+        return Stored(history, str(known["n"])), known.get("base")
 
     def append(self, events: Sequence[StoredEvent]) -> list[bool]:
         """Events of one user are kept all or none; of several users, user by user."""
@@ -136,8 +143,8 @@ class RedisStore:
             by_user.setdefault(event.user_id, []).append(place)
         for user_id, places in by_user.items():
             with self._errors():
-                known = self._client.exists(self._keys(user_id)[0])
-            if not known:
+                base = self._client.hget(self._keys(user_id)[0], "base")
+            if base != self.base:
                 self._join(user_id, self.prepared(user_id) or History())
             new |= dict(zip(places, self._kept(user_id, [(events[p], "") for p in places]), strict=True))
         return [new[place] for place in range(len(events))]
@@ -151,7 +158,7 @@ class RedisStore:
 
     def _join(self, user_id: str, history: History) -> None:
         """What preparation knows joins what is there."""
-        seen = self._keys(user_id)[2]
+        version, _, seen, *_ = self._keys(user_id)
         events = events_of(user_id, history)
         with self._errors():
             pipe = self._client.pipeline(transaction=True)
@@ -159,6 +166,8 @@ class RedisStore:
                 pipe.hsetnx(seen, item, int(time))
             pipe.execute()
         self._kept(user_id, [(event, f"{place:016d}") for place, event in enumerate(events)])
+        with self._errors():  # last: a join that was cut short is done again
+            self._client.hset(version, "base", self.base)
 
     def load(self, rows: Iterable[pa.Table]) -> int:
         users = 0

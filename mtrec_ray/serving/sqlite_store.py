@@ -22,7 +22,7 @@ WAIT_SECONDS = 5.0
 """For another writer, before StoreError."""
 
 _TABLES = """
-CREATE TABLE IF NOT EXISTS users (user_id TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS users (user_id TEXT PRIMARY KEY, version INTEGER NOT NULL, base TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS events (
     user_id TEXT NOT NULL, timestamp INTEGER NOT NULL, place INTEGER NOT NULL, item_id TEXT NOT NULL, body TEXT NOT NULL,
     PRIMARY KEY (user_id, timestamp, place)) WITHOUT ROWID;
@@ -45,10 +45,12 @@ class SqliteStore:
         context: Sequence[str],
         keep: int,
         prepared: Callable[[str], History | None] = lambda user_id: None,
+        base: str = "",
     ) -> None:
         """actions, context: names that histories have. keep: events of a user's history; older ones are seen alone. prepared: what
-        is known of a user that is met for the first time."""
+        is known of a user that is met for the first time with these prepared data, of version `base`."""
         self.path, self.actions, self.context, self.keep, self.prepared = str(path), actions, context, keep, prepared
+        self.base = base
         self._own = threading.local()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with self._errors():
@@ -88,47 +90,47 @@ class SqliteStore:
 
     def get(self, user_id: str) -> Stored | None:
         with self._errors():
-            found = self._read(user_id)
-        if found is not None:
+            found, base = self._read(user_id)
+        if base == self.base:
             return found
         history = self.prepared(user_id)
         if history is None:
-            return None
+            return found
         with self._writing() as db:
             self._join(db, user_id, history)
         with self._errors():
-            return self._read(user_id)
+            return self._read(user_id)[0]
 
-    def _read(self, user_id: str) -> Stored | None:
+    def _read(self, user_id: str) -> tuple[Stored | None, str | None]:
+        """-> (the history, the version of the prepared data in it)."""
         db = self._db
         db.execute("BEGIN")  # version, events and seen items of one moment
         try:
-            known = db.execute("SELECT version FROM users WHERE user_id = ?", (user_id,)).fetchone()
+            known = db.execute("SELECT version, base FROM users WHERE user_id = ?", (user_id,)).fetchone()
             if known is None:
-                return None
+                return None, None
             wanted = "SELECT item_id, timestamp, body FROM events WHERE user_id = ? ORDER BY timestamp, place"
             events = db.execute(wanted, (user_id,)).fetchall()
             seen = db.execute("SELECT item_id, timestamp FROM seen WHERE user_id = ?", (user_id,)).fetchall()
         finally:
             db.execute("COMMIT")
-        return Stored(history_of(events, seen, self.actions, self.context), str(known[0]))
+        return Stored(history_of(events, seen, self.actions, self.context), str(known[0])), str(known[1])
 
     def append(self, events: Sequence[StoredEvent]) -> list[bool]:
-        known = {e.user_id for e in events}
-        fresh = {u: self.prepared(u) for u in known if not self._known(u)}
+        stale = {u: self.prepared(u) for u in {e.user_id for e in events} if self._base_of(u) != self.base}
         with self._writing() as db:
-            for user_id, history in fresh.items():
-                if db.execute("SELECT 1 FROM users WHERE user_id = ?", (user_id,)).fetchone() is None:
-                    self._join(db, user_id, history or History())
+            for user_id, history in stale.items():
+                self._join(db, user_id, history or History())
             new = [self._keep(db, event) for event in events]
             for user_id in {e.user_id for e, is_new in zip(events, new, strict=True) if is_new and e.shown}:
                 self._cut(db, user_id)
                 db.execute("UPDATE users SET version = version + 1 WHERE user_id = ?", (user_id,))
         return new
 
-    def _known(self, user_id: str) -> bool:
+    def _base_of(self, user_id: str) -> str | None:
         with self._errors():
-            return self._db.execute("SELECT 1 FROM users WHERE user_id = ?", (user_id,)).fetchone() is not None
+            found = self._db.execute("SELECT base FROM users WHERE user_id = ?", (user_id,)).fetchone()
+        return None if found is None else str(found[0])
 
     def _keep(self, db: sqlite3.Connection, event: StoredEvent) -> bool:
         row = (event.user_id, event.event_id, event.item_id, event.timestamp, int(event.shown), event.body())
@@ -162,7 +164,8 @@ class SqliteStore:
             if (event.timestamp, event.item_id) not in there:
                 self._insert(db, event, place - len(events))
         self._see(db, user_id, zip(history.seen_item_ids, history.seen_times, strict=True))
-        db.execute("INSERT INTO users VALUES (?, 1) ON CONFLICT DO UPDATE SET version = version + 1", (user_id,))
+        joined = "INSERT INTO users VALUES (?, 1, ?) ON CONFLICT DO UPDATE SET version = version + 1, base = excluded.base"
+        db.execute(joined, (user_id, self.base))
         self._cut(db, user_id)
 
     def _cut(self, db: sqlite3.Connection, user_id: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from jobs.serve import YAML
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.evaluation.measure import Model, measure
+from mtrec_ray.predictor import History
 from mtrec_ray.scoring.batch import score
 from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.training.feed import WindowCache
@@ -271,3 +273,91 @@ def test_a_rerun_of_scoring_neither_doubles_nor_loses_rows(
     shutil.rmtree(folder / "scores")
     score(config, data, str(folder / "bundle"), str(folder / "scores"))
     assert pq.read_table(folder / "scores").equals(before)
+
+
+# ------------------------------------------------------------------ what changes while it is served
+
+
+def now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def listed(client: httpx.Client, **body: Any) -> list[str]:
+    answer = client.post("/recommend", json={"k": K, **body})
+    assert answer.status_code == 200, answer.text
+    return [i["item_id"] for i in answer.json()["items"]]
+
+
+def test_an_event_is_in_the_very_next_recommendation_and_counts_once(client: httpx.Client, run: tuple[Path, RunConfig]) -> None:
+    predictor, prepared = bundle.load(str(run[0] / "bundle")), PreparedHistories(str(run[0] / "data"))
+    before = client.post("/recommend", json={"user_id": "u5", "k": K}).json()
+    assert client.post("/recommend", json={"user_id": "u5", "k": K}).json() == before  # remembered, and the same
+    item, moment = before["items"][0]["item_id"], now()
+    event = {"user_id": "u5", "event_id": "e1", "item_id": item, "timestamp": moment, "actions": {"click": 1, "rating": 5}}
+    assert client.post("/events", json={"events": [event]}).json() == {"accepted": 1, "duplicates": 0}
+    after = client.post("/recommend", json={"user_id": "u5", "k": K}).json()
+    assert item not in [i["item_id"] for i in after["items"]]  # it is seen now
+    history = prepared.get("u5")
+    assert history is not None
+    more = History(
+        [*history.item_ids, item], [*history.times, moment],
+        {a: [*v, {"click": 1.0, "rating": 5.0}.get(a, float("nan"))] for a, v in history.actions.items()},
+        {c: [*v, None] for c, v in history.context.items()}, history.seen_item_ids, history.seen_times,
+    )  # fmt: skip
+    expected = predictor.recommend([more], K)[0]
+    flat = [{"item_id": i["item_id"], "score": i["score"], **i["tasks"]} for i in expected["items"]]
+    assert_same(after["items"], flat)
+    assert client.post("/events", json={"events": [event]}).json() == {"accepted": 0, "duplicates": 1}
+    assert client.post("/recommend", json={"user_id": "u5", "k": K}).json() == after
+    past = client.post("/recommend", json={"user_id": "u5", "k": K, "at": moment}).json()
+    assert past["items"] == before["items"]  # only what was before that moment
+    shown = {"user_id": "u5", "item_id": after["items"][0]["item_id"], "timestamp": now(), "actions": {"click": 0}}
+    assert client.post("/events", json={"events": [shown]}).json()["accepted"] == 1
+    assert client.post("/recommend", json={"user_id": "u5", "k": K}).json() == after  # an impression is no history
+
+
+def test_somebody_new_is_known_from_the_first_event(client: httpx.Client) -> None:
+    assert client.post("/recommend", json={"user_id": "fresh"}).json()["degraded"] == ["no_history"]
+    events = [{"user_id": "fresh", "item_id": i, "timestamp": now(), "actions": {"click": 1}} for i in ("i1", "i3")]
+    assert client.post("/events", json={"events": events}).json() == {"accepted": 2, "duplicates": 0}
+    answer = client.post("/recommend", json={"user_id": "fresh", "k": 30}).json()
+    assert answer["degraded"] == [] and not {"i1", "i3"} & {i["item_id"] for i in answer["items"]}
+
+
+@pytest.mark.parametrize(
+    ("event", "says"),
+    [
+        ({"actions": {"like": 1}}, "events[1]: actions.like: it is derived"),
+        ({"actions": {"click": 7}}, "events[1]: actions.click: 7.0; expected 0 or 1"),
+        ({"timestamp": 7_000_000_000_000}, "ahead of this clock"),
+        ({"timestamp": -1}, "timestamp"),
+        ({"item_id": ""}, "item_id"),
+        ({"wrong": 1}, "wrong"),
+    ],
+)
+def test_one_bad_event_keeps_all_of_them_out(client: httpx.Client, event: dict[str, Any], says: str) -> None:
+    good = {"user_id": "u7", "item_id": "i1", "timestamp": now(), "actions": {"click": 1}}
+    before = client.post("/recommend", json={"user_id": "u7", "k": K}).json()
+    answer = client.post("/events", json={"events": [good, good | event]})
+    assert answer.status_code == 422 and says in answer.text
+    assert client.post("/recommend", json={"user_id": "u7", "k": K}).json() == before
+
+
+def test_what_a_request_may_ask_for(client: httpx.Client, run: tuple[Path, RunConfig]) -> None:
+    predictor = bundle.load(str(run[0] / "bundle"))
+    plain = listed(client, user_id="u1")
+    assert listed(client, user_id="u1", exclude=[plain[0], plain[2], "nobody"])[:2] == [plain[1], plain[3]]
+    everything = listed(client, user_id="u1", exclude_seen=False, k=30)
+    assert len(everything) == 21 and len(listed(client, user_id="u1", k=30)) < 21
+    some = listed(client, user_id="u1", candidates=[plain[3], plain[1], "nobody"])
+    assert some == [plain[1], plain[3]]
+    assert listed(client, user_id="nobody", candidates=["i1", "i2"]) in (["i1", "i2"], ["i2", "i1"])
+    by_rating = client.post(
+        "/recommend", json={"user_id": "u1", "k": K, "weights": {"retrieval": 0, "rating": 1, "click": 0}}
+    ).json()
+    ratings = [i["tasks"]["rating"] for i in by_rating["items"]]
+    assert ratings == sorted(ratings, reverse=True) and {i["item_id"] for i in by_rating["items"]} != set()
+    assert client.post("/recommend", json={"user_id": "u1", "weights": {"taste": 1}}).status_code == 422
+    wrong = client.post("/recommend", json={"user_id": "u1", "where": {"moon": ["full"]}})
+    assert wrong.status_code == 422 and "'moon' is no attribute of items" in wrong.text
+    assert predictor.fingerprint == by_rating["bundle"]

@@ -59,12 +59,12 @@ def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Opens the same store as often as asked."""
     made = []
 
-    def sqlite(prepared: Prepared = known, keep: int = KEEP) -> HistoryStore:
-        made.append(SqliteStore(tmp_path / "live.sqlite", ["click"], ["device"], keep, prepared))
+    def sqlite(prepared: Prepared = known, keep: int = KEEP, base: str = "") -> HistoryStore:
+        made.append(SqliteStore(tmp_path / "live.sqlite", ["click"], ["device"], keep, prepared, base))
         return made[-1]
 
-    def redis(prepared: Prepared = known, keep: int = KEEP) -> HistoryStore:
-        store = RedisStore(url_of(request.getfixturevalue("server")), ["click"], ["device"], keep, prepared)
+    def redis(prepared: Prepared = known, keep: int = KEEP, base: str = "") -> HistoryStore:
+        store = RedisStore(url_of(request.getfixturevalue("server")), ["click"], ["device"], keep, prepared, base)
         if not made:
             store._client.flushall()
         made.append(store)
@@ -158,6 +158,22 @@ def test_loading_prepared_rows_twice_is_loading_them_once_and_keeps_live_events(
         assert list(read(store, "u").item_ids) == ["a", "b", "live"] and list(read(store, "u").seen_item_ids) == ["s"]
         assert list(read(store, "w").item_ids) == ["x"]
     assert len(store.log(0, 10)) == 2  # the log is of what came here
+
+
+def test_data_that_were_prepared_anew_join_what_came_in_between(opened: Open) -> None:
+    opened().append([event("old", "d", 40)])
+    assert list(read(opened(), "old").item_ids) == ["a", "b", "b", "c", "d"]
+
+    def later(user_id: str) -> History | None:  # preparation has read the exported event, and one from elsewhere
+        return History(["b", "c", "d", "e"], [20, 30, 40, 50], {"click": [1, 1, 1, 1]}, {}, ["a"], [10])
+
+    store = opened(later, base="2")
+    assert list(read(store, "old").item_ids) == ["a", "b", "b", "c", "d", "e"]
+    version = store.get("old").version  # type: ignore[union-attr]
+    assert opened(later, base="2").get("old").version == version  # type: ignore[union-attr]
+    store = opened(lambda user_id: History(["f"], [60], {"click": [1]}), base="3")
+    assert store.append([event("old", "g", 70)]) == [True]
+    assert list(read(store, "old").item_ids) == ["b", "c", "d", "e", "f", "g"]
 
 
 def test_a_forgotten_user_is_nowhere(opened: Open, tmp_path: Path) -> None:

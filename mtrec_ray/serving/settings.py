@@ -1,0 +1,115 @@
+"""Settings of the service (`args` in serve_apps/recommend.yaml), and the store that they name. It knows no Ray."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mtrec_ray import storage
+from mtrec_ray.predictor import Predictor
+from mtrec_ray.serving.history import PreparedHistories
+from mtrec_ray.serving.redis_store import RedisStore
+from mtrec_ray.serving.sqlite_store import SqliteStore
+from mtrec_ray.serving.store import HistoryStore
+
+Role = Literal["read", "events", "admin"]
+ROLES: tuple[Role, ...] = ("read", "events", "admin")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StoreSettings(_Settings):
+    """Where live histories are."""
+
+    kind: Literal["sqlite", "redis", "none"] = "sqlite"
+    """`sqlite`: a file, for the replicas of one machine. `redis`: a server (Redis or Valkey), for a cluster. `none`: only what was
+    prepared; `POST /events` is refused."""
+    path: str | None = None
+    """`sqlite`: default RUN/live/histories.sqlite."""
+    url: str | None = None
+    """`redis`: such as redis://HOST:6379/0."""
+    trust_durability: bool = False
+    """`redis`: a managed server that does not tell its settings is taken to keep what it acknowledges."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StoreSettings:
+        if (self.kind == "redis") != (self.url is not None):
+            raise ValueError("store.url: kind redis needs one, and no other kind has one")
+        if self.path is not None and self.kind != "sqlite":
+            raise ValueError(f"store.path: it is of kind sqlite, not of {self.kind}")
+        return self
+
+
+class ServingSettings(_Settings):
+    """What every replica is told."""
+
+    store: StoreSettings = StoreSettings()
+    tokens_env: str | None = None
+    """Environment variable with bearer tokens, `ROLE:TOKEN` separated by commas; roles are read, events (which may read too) and
+    admin (everything). None: no tokens, for a service on loopback."""
+    max_body_bytes: int = Field(default=1 << 20, ge=1024)
+    """A longer body is answered with 413."""
+    cached_states: int = Field(default=4096, ge=0)
+    """User states that a replica of StateEncoder remembers, by (user, version of the history)."""
+
+
+class Tokens:
+    """Who may do what."""
+
+    def __init__(self, settings: ServingSettings) -> None:
+        """Raises ValueError where the variable is missing or names no token."""
+        self._tokens: list[tuple[Role, bytes]] = []
+        name = settings.tokens_env
+        self.open = name is None
+        if name is None:
+            return
+        for entry in filter(None, (e.strip() for e in os.environ.get(name, "").split(","))):
+            role, _, token = entry.partition(":")
+            if role not in ROLES or len(token) < 16:
+                raise ValueError(
+                    f"tokens_env: {name} holds ROLE:TOKEN with a role of {list(ROLES)} and a token of 16 characters at least"
+                )
+            self._tokens.append((role, token.encode()))  # type: ignore[arg-type]
+        if not self._tokens:
+            raise ValueError(f"tokens_env: the environment variable {name} is empty or not set; nobody could call the service")
+
+    def role_of(self, header: str | None) -> Role | None:
+        """The largest role of `Authorization: Bearer TOKEN`; None for none. Every token is compared in constant time."""
+        if self.open:
+            return "admin"
+        scheme, _, token = (header or "").partition(" ")
+        given = token.strip().encode() if scheme.lower() == "bearer" else b""
+        found = [ROLES.index(role) for role, known in self._tokens if hmac.compare_digest(known, given)]
+        return ROLES[max(found)] if found else None
+
+
+def allows(role: Role, needed: Role) -> bool:
+    return ROLES.index(role) >= ROLES.index(needed)
+
+
+def store_path(settings: StoreSettings, data_uri: str) -> str:
+    """File of the SQLite store. Raises ValueError where there is no local place for it."""
+    if settings.path is not None:
+        return settings.path
+    if not storage.is_local(data_uri):
+        raise ValueError(f"store.path: the run ({data_uri}) is not on a local disk; name a local file, or take kind: redis")
+    return storage.join(storage.absolute(data_uri).rsplit("/", 1)[0], "live", "histories.sqlite")
+
+
+def open_store(settings: StoreSettings, data_uri: str, predictor: Predictor) -> HistoryStore | None:
+    """None for kind none. Raises StoreError, StorageError."""
+    if settings.kind == "none":
+        return None
+    prepared = PreparedHistories(data_uri)
+    schema = predictor.schema
+    actions, context, keep = [a.name for a in schema.actions], [c.name for c in schema.history_features], schema.window - 1
+    if settings.kind == "redis":
+        assert settings.url is not None
+        trust = settings.trust_durability
+        return RedisStore(settings.url, actions, context, keep, prepared.get, prepared.version, trust_durability=trust)
+    return SqliteStore(store_path(settings, data_uri), actions, context, keep, prepared.get, prepared.version)
