@@ -107,7 +107,8 @@ def open_store(settings: StoreSettings, data_uri: str, predictor: Predictor) -> 
         return None
     prepared = PreparedHistories(data_uri)
     schema = predictor.schema
-    actions, context, keep = [a.name for a in schema.actions], [c.name for c in schema.history_features], schema.window - 1
+    actions, context = [a.name for a in schema.actions], [c.name for c in schema.history_features]
+    keep = 2 * (schema.window - 1)  # a moment in the near past is served with the window that it had
     if settings.kind == "redis":
         assert settings.url is not None
         trust = settings.trust_durability
