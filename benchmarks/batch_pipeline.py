@@ -90,7 +90,7 @@ class Memory:
     """Peak of the proportional set sizes of this process and all below it, sampled every five seconds."""
 
     def __enter__(self) -> Memory:
-        self.peak, self._stop = 0, threading.Event()
+        self.peak, self.at_peak, self._stop = 0, dict[str, int](), threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
@@ -101,14 +101,16 @@ class Memory:
 
     def _sample(self) -> None:
         while not self._stop.wait(5.0):
-            total = 0
+            sizes: dict[str, int] = {}
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
+                    name = f"{process.name()} {process.pid}"
                     text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-                except OSError:  # it has ended
+                except (OSError, psutil.Error):  # it has ended
                     continue
-                total += sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
-            self.peak = max(self.peak, total)
+                sizes[name] = sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
+            if sum(sizes.values()) > self.peak:
+                self.peak, self.at_peak = sum(sizes.values()), sizes
 
 
 def timed_score(config: RunConfig, data: storage.Directory, root: str, out: Path) -> dict[str, Any]:
@@ -120,6 +122,7 @@ def timed_score(config: RunConfig, data: storage.Directory, root: str, out: Path
     assert verify(str(out))["users"] == counts["users"]
     users = int(counts["users"])
     found = {"users": users, "workers": config.scoring.workers, "seconds": seconds, "users_per_second": users / seconds}
+    found |= {"processes_mib": {n: round(v / 2**20) for n, v in memory.at_peak.items()}}
     found |= {"peak_pss_mib": memory.peak / 2**20, "stages": counts["seconds"], "bytes": counts["bytes"]}
     print(json.dumps(found), file=sys.stderr, flush=True)
     shutil.rmtree(out)
