@@ -1,4 +1,4 @@
-"""Score in batch: every user's top list, state or profile, given pairs, or every item's similar items; prove or export what is there.
+"""Score in batch: every user's list, state or profile, given pairs, every item's similar items; prove or export what is there.
 
 python -m jobs.score --config jobs/configs/ml100k.yaml --out runs/ml100k [--what similar] [key=value ...]
 python -m jobs.score --verify runs/ml100k [--what similar]

@@ -1,0 +1,139 @@
+"""Kept events as files of the log, and what a forgotten user leaves in the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import export_events as job
+from jobs import forget as forget_job
+from mtrec_ray import storage
+from mtrec_ray.config import RunConfig
+from mtrec_ray.data.prepare import prepare
+from mtrec_ray.serving import export
+from mtrec_ray.serving.export import ExportError, check_log
+from mtrec_ray.serving.history import PreparedHistories
+from mtrec_ray.serving.settings import StoreSettings, open_store
+from mtrec_ray.serving.store import EventRules
+from tests import tiny
+
+Made = tuple[Path, RunConfig]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    """A run of a Parquet log with features of every kind."""
+    tiny.write_log(tmp_path)
+    tiny.write_features(tmp_path)
+
+    def change(raw: dict[str, Any]) -> None:
+        tiny.with_features(tmp_path)(raw)
+        del raw["data"]["context"]["price_band"], raw["data"]["interactions"]["columns"]["price_band"]
+
+    config = tiny.make_config(tmp_path, change)
+    data = tiny.prepare_locally(config, tmp_path / "run" / "data")
+    tiny.write_bundle(config, data, tiny.train_locally(config, data), tmp_path / "run" / "bundle")
+    return tmp_path, config
+
+
+def keep(made: Made, *events: dict[str, Any]) -> None:
+    from mtrec_ray import bundle
+
+    predictor = bundle.load(str(made[0] / "run" / "bundle"))
+    store = open_store(StoreSettings(), str(made[0] / "run" / "data"), predictor)
+    rules = EventRules(predictor.config, predictor.schema)
+    assert store is not None
+    store.append(
+        [rules.check("", e["user"], e["item"], e["time"], e.get("id"), e["actions"], e.get("context", {}), 2**41) for e in events]
+    )
+    store.close()
+
+
+LATER = 1_800_000_000_000
+
+
+def test_kept_events_become_rows_that_append_reads(
+    made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = made
+    keep(
+        made,
+        {
+            "user": "u1",
+            "item": "i3",
+            "time": LATER,
+            "actions": {"click": 1, "rating": 4},
+            "context": {"price": 2.5, "tags": ["even", "t1"]},
+        },
+        {"user": "u1", "item": "i4", "time": LATER + 1, "actions": {"click": 0}},
+        {"user": "fresh", "item": "i5", "time": LATER, "actions": {"click": 1}, "context": {"device": "web"}},
+    )
+    arguments = ["--run", str(folder / "run"), "--to", str(folder / "features")]
+    assert job.main(arguments) == 0 and "exported: 3 events" in capsys.readouterr().out
+    [file] = sorted((folder / "features").glob("live-*.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    assert rows[0] | {"device": None} == {
+        "user": "u1", "item": "i3", "ts": LATER, "click": 1.0, "rating": 4.0, "device": None, "price": 2.5, "tags": ["even", "t1"],
+        "position": None, "propensity": None,
+    }  # fmt: skip
+    assert job.main(arguments) == 0 and "exported: 0 events" in capsys.readouterr().out
+    monkeypatch.setattr("mtrec_ray.runtime.for_each", tiny.in_this_process)
+    before = storage.Directory(str(folder / "run" / "data")).manifest["rows"]
+    prepare(config, str(folder / "run" / "data"), True)
+    after = storage.Directory(str(folder / "run" / "data")).manifest["rows"]
+    assert after["events"] == before["events"] + 3 and after["users"] == before["users"] + 1
+    history = PreparedHistories(str(folder / "run" / "data")).get("u1")
+    assert history is not None and history.item_ids[-1] == "i3" and history.times[-1] == LATER
+    # the service that starts with the new data has each of them once
+    from mtrec_ray import bundle
+
+    store = open_store(StoreSettings(), str(folder / "run" / "data"), bundle.load(str(folder / "run" / "bundle")))
+    assert store is not None
+    found = store.get("u1")
+    assert found is not None and list(found.history.times).count(LATER) == 1
+
+
+def test_an_export_that_was_killed_writes_the_same_file_again(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = made
+    keep(made, *[{"user": "u1", "item": "i3", "time": LATER + n, "actions": {"click": 1}} for n in range(5)])
+    arguments = ["--run", str(folder / "run"), "--to", str(folder / "out")]
+    monkeypatch.setattr(export, "AT_ONCE", 2)
+    real, calls = storage.write_json, []
+
+    def killed(uri: Any, value: Any) -> None:
+        calls.append(value)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(uri, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.main(arguments)
+    assert job.main(arguments) == 0
+    times = [t for p in sorted((folder / "out").glob("live-*.parquet")) for t in pq.read_table(p)["ts"].to_pylist()]
+    assert times == [LATER + n for n in range(5)]
+
+
+def test_a_log_that_live_events_are_no_rows_of_is_refused(tmp_path: Path) -> None:
+    tiny.write_log(tmp_path)
+    with pytest.raises(ExportError, match=r"data\.interactions\.format is csv"):
+        check_log(tiny.make_config(tmp_path))
+
+
+def test_a_forgotten_user_leaves_the_live_histories_too(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = made
+    keep(made, {"user": "u1", "item": "i3", "time": LATER, "actions": {"click": 1}})
+    keep(made, {"user": "u2", "item": "i3", "time": LATER, "actions": {"click": 1}})
+    assert forget_job.main(["--run", str(folder / "run"), "--user", "u1"]) == 0
+    assert "live histories: " in capsys.readouterr().out
+    for file in (folder / "run" / "live").iterdir():
+        assert b"u1\x00" not in file.read_bytes()
+    from mtrec_ray import bundle
+
+    store = open_store(StoreSettings(), str(folder / "run" / "data"), bundle.load(str(folder / "run" / "bundle")))
+    assert store is not None and store.get("u1") is None and store.get("u2") is not None
+    assert {e.user_id for _, e in store.log(0, 10)} == {"u2"}
