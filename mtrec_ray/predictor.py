@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mtrec_ray import item_features
 from mtrec_ray.config import RunConfig
+from mtrec_ray.diversity import choose
 from mtrec_ray.encoders.event_texts import TextMemory
 from mtrec_ray.features import FIRST, InputSpec, TextSpec, dense
 from mtrec_ray.models.batch import HistoryBatch, collate_history, feature_tensor
@@ -84,6 +85,17 @@ class History:
             {k: v[:n] for k, v in self.context.items()},
             self.seen_item_ids[:m],
             self.seen_times[:m],
+        )
+
+    def only(self, events: Sequence[int]) -> History:
+        """Some of the events, by their places; what was seen before stays."""
+        return History(
+            [self.item_ids[n] for n in events],
+            [self.times[n] for n in events],
+            {k: [v[n] for n in events] for k, v in self.actions.items()},
+            {k: [v[n] for n in events] for k, v in self.context.items()},
+            self.seen_item_ids,
+            self.seen_times,
         )
 
 
@@ -458,6 +470,32 @@ class Predictor:
             {name: values.gather(1, order) for name, values in tasks.items()},
         )
 
+    def diversify(self, ranked: Ranked, k: int, diversity: float, caps: Mapping[str, int]) -> Ranked:
+        """Of ranked candidates k that are unlike each other, at most so many of one value of an attribute (diversity.py).
+
+        Raises FilterError for an attribute that items do not have.
+        """
+        for name in caps:
+            if name not in self.item_codes:
+                raise FilterError(
+                    f"caps: {name!r} is no attribute of items; known are {sorted(self.item_codes)} (data.item_features)"
+                )
+        B, K = ranked.item_BK.shape
+        place_BK = np.full((B, min(k, K)), -1, dtype=np.int64)
+        for row, items in enumerate(ranked.item_BK):
+            there = items[items != NONE]
+            unit_KD = torch.nn.functional.normalize(self._vec_ND[there.to(self.device)].float(), dim=-1).cpu().numpy()
+            codes = {name: self.item_codes[name][there.numpy()] for name in caps}
+            places = choose(ranked.score_BK[row, : len(there)].numpy(), unit_KD, k, diversity, codes, caps)
+            place_BK[row, : len(places)] = places
+        place = torch.from_numpy(place_BK)
+        none, order = place < 0, place.clamp(min=0)
+        return Ranked(
+            torch.where(none, NONE, ranked.item_BK.gather(1, order)),
+            torch.where(none, float("-inf"), ranked.score_BK.gather(1, order)),
+            {name: values.gather(1, order) for name, values in ranked.tasks_BK.items()},
+        )
+
     def _with_logit(self, logit_BK: Tensor, predictions: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.retrieval_name is not None  # there is a logit
         return {self.retrieval_name: logit_BK, **predictions}
@@ -538,6 +576,38 @@ class Predictor:
         final = torch.where(popular_B[:, None], logit_BK, self.final_scores(logit_BK, predictions))
         ranked = Ranked(item_BK, final, self._with_logit(logit_BK, predictions))
         return self.answers(ranked, [degraded])[0]
+
+    def explain(
+        self, history: History, item_ids: Sequence[str], context: Mapping[str, object] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> list[list[dict[str, Any]]]:  # fmt: skip
+        """What past events did for the scores of some items: leave each event out, exactly, in one batch.
+
+        -> for every item [{"item_id", "title", "time", "gain"}] of the events that the model reads, the largest gain first;
+        gain: the final score less what it is without the event. Ties go to the later event. Raises UnknownItemError.
+        """
+        items = torch.from_numpy(self.items(item_ids))
+        known = [n for n, i in enumerate(history.item_ids) if self.position.get(i, NONE) != NONE][-(self.schema.window - 1) :]
+        if not known:
+            return [[] for _ in item_ids]
+        whole = history.only(known)
+        without = [whole.only([m for m in range(len(known)) if m != n]) for n in range(len(known))]
+        encoded = self.encode_histories([whole, *without])
+        state_BD, item_BK = self.encode_state(encoded.batch), items.expand(len(known) + 1, -1)
+        # a history that becomes empty is scored as the start token is, not by popularity: the same scale
+        logit_BK, _ = self.logits_of(state_BD, torch.ones(len(state_BD), dtype=torch.int64), item_BK)
+        predictions = self.score(state_BD, item_BK, self.encode_context([context or {}] * len(state_BD)))
+        final_BK = self.final_scores(logit_BK, predictions, weights)
+        gain_EK = (final_BK[:1] - final_BK[1:]).tolist()
+        place = [self.position[i] for i in whole.item_ids]
+        out = []
+        for k in range(len(item_ids)):
+            order = sorted(range(len(known)), key=lambda e: (-gain_EK[e][k], -e))
+            out.append([
+                {"item_id": whole.item_ids[e], "title": self.titles[place[e]], "time": int(whole.times[e]), "gain": gain_EK[e][k]}
+                for e in order
+            ])  # fmt: skip
+        return out
 
     def similar(self, item_id: str, k: int, exclude: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Items most like one item -> [{"item_id", "title", "score"}], cosine. Raises UnknownItemError."""

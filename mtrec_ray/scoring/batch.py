@@ -62,7 +62,7 @@ class _Actor:
         try:
             return {"error": b"", **self._shard(item["row"])}
         except (ValueError, storage.StorageError) as error:  # a user's mistake, or no space: said once, by the driver
-            return {"error": pickle.dumps(error), "users": 0, "items": 0}
+            return {"error": pickle.dumps(error), "users": 0, "asked": 0, "items": 0}
 
     def _shard(self, shard: Shard) -> dict[str, int]:
         tally = Tally()
@@ -75,8 +75,7 @@ class _Actor:
                 self.batch = self._trial(shard, ask)
             tables = user_tables(self.predictor, self._histories(shard), replace(ask, batch_users=int(self.batch)), tally)
         self.output.write(shard["name"], tables, lambda: asdict(tally))
-        skipped = tally.unknown if self.config.scoring.unknown_users == "skip" else 0
-        return {"users": tally.users + skipped, "items": tally.items}
+        return {"users": tally.users, "asked": tally.asked, "items": tally.items}
 
     def _ask(self, shard: Shard, tally: Tally) -> Ask:
         scoring = self.config.scoring
@@ -86,7 +85,7 @@ class _Actor:
         with tally.timed("read"):
             rows = asked.asked_of(*shard["asked"])
             once = asked.distinct_rows(rows)
-            tally.doubled = len(rows) - len(once)
+            tally.asked, tally.doubled = len(rows), len(rows) - len(once)
         users = once["user_id"].combine_chunks().unique()
         return replace(ask, users=users, pairs=once if self.what == "pairs" else None)
 
@@ -241,7 +240,7 @@ def score(
     else:
         shards, total = shards_of_store(data), int(data.manifest["rows"]["users"])
     missing = [s for s in shards if s["name"] not in done]
-    unit = "users" if of_users else "items"
+    unit = "items" if not of_users else "users" if rows is None else "asked"
     before = sum(int(entry[unit]) for entry in done.values())
     if done:
         log.info("score: %d of %d shards (%d %s) were finished by a run before", len(done), len(shards), before, unit)
@@ -277,7 +276,7 @@ def _run(
     config: RunConfig, bundle_root: str, root: str, identity: dict[str, Any], text_prefix: str | None, missing: list[Shard],
     progress: runtime.Progress,
 ) -> None:  # fmt: skip
-    """Score the shards that do not count yet. Raises what a shard raised, when no further one has begun."""
+    """Score the shards that do not count yet. Raises what a shard raised, and PreflightError."""
     scoring, resources = config.scoring, ray.cluster_resources()
     workers = min(scoring.workers, len(missing))
     gpu = scoring.use_gpu is True or (scoring.use_gpu == "auto" and resources.get("GPU", 0) >= workers)

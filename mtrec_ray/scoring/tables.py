@@ -45,6 +45,8 @@ class Tally:
     """Rows of a file that ask for what another row asked for."""
     unknown_items: int = 0
     """Pairs of items that the catalogue lacks; their numbers are null."""
+    asked: int = 0
+    """Rows of a file that ask for something."""
     items: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 

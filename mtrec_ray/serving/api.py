@@ -69,6 +69,12 @@ class RecommendRequest(_User):
     """Only these items."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Task -> its weight in the final order, in the place of the configuration's."""
+    diversity: float = Field(default=0.0, ge=0, le=1)
+    """0: by score alone; above, items like those before them come later (maximal marginal relevance)."""
+    caps: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Attribute -> most items of one of its values."""
+    explain: bool = False
+    """Say of every item which past events did most for its score (each left out, exactly)."""
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
@@ -123,11 +129,21 @@ class ProfileRequest(_User):
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": "196"}]})
 
 
+class Reason(BaseModel):
+    item_id: str
+    title: str
+    time: int
+    gain: float
+    """The final score less what it would be without this event."""
+
+
 class Item(BaseModel):
     item_id: str
     title: str
     score: float
     tasks: dict[str, float]
+    because: list[Reason] | None = None
+    """With `explain`: the events that did most for the score, at most three; none without a history."""
 
 
 class ScoredItem(BaseModel):

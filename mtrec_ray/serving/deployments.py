@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.predictor import Candidates, FilterError, History, IntArray, UnknownItemError
+from mtrec_ray.predictor import Candidates, FilterError, History, IntArray, Ranked, UnknownItemError
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.serving import api
 from mtrec_ray.serving.guard import Guard, Guarded, set_guard
@@ -35,6 +35,8 @@ from mtrec_ray.serving.store import SKEW_MS, EventError, EventRules, StoreError
 
 T = TypeVar("T")
 STORE_DOWN = "history_store_down"
+REASONS = 3
+"""Events that explain an item, at most."""
 
 
 class MixedBundlesError(RuntimeError):
@@ -61,6 +63,18 @@ class EncodedState:
     seen: list[IntArray]
     visible: list[IntArray]
     degraded: list[str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Whose answer it is, and from what."""
+
+    stamp: Stamp
+    history: History
+    user_id: str | None
+    """As the store knows the user, where the state may be remembered."""
+    marks: list[str]
+    """Degradations so far."""
 
 
 class _Stage:
@@ -172,6 +186,13 @@ class Heads(_Stage):
     def _score(self, state_BD: torch.Tensor, items: torch.Tensor, context: Mapping[str, api.Value]) -> dict[str, torch.Tensor]:
         return self.predictor.score(state_BD, items, self.predictor.encode_context([context]))
 
+    async def explain(
+        self, stamp: Stamp, history: History, item_ids: list[str], context: Mapping[str, api.Value], weights: Mapping[str, float]
+    ) -> list[list[dict[str, Any]]]:
+        """Predictor.explain."""
+        self._check(stamp)
+        return await self._run(self.predictor.explain, history, item_ids, context, weights)
+
     async def profile(self, stamp: Stamp, state: EncodedState) -> dict[str, dict[str, float]]:
         self._check(stamp, state)
         return (await self._run(self.predictor.profile_of, state.state_BD, state.visible))[0]
@@ -246,12 +267,26 @@ class Ingress(_Stage):
         if request.where:
             predictor.allowed(request.where)
         k = min(request.k, len(predictor.item_ids))
-        state = self._excluding(await self._state(request), request)
+        asked = await self._history(request)
+        state = self._excluding(await self._encoded(asked), request)
         filters = (request.where or None, request.candidates)
         candidates = await self.retrieval.retrieve.remote(state.stamp, state, k, *filters)
         predictions = await self.heads.score.remote(state.stamp, state, candidates.item_BK, request.context)
-        ranked = await self._run(predictor.finalise, candidates, predictions, k, request.weights)
-        return {"user_id": request.user_id, "bundle": state.stamp.bundle, **predictor.answers(ranked, [state.degraded])[0]}
+        ranked = await self._run(self._final, candidates, predictions, k, request)
+        answer = predictor.answers(ranked, [state.degraded])[0]
+        if request.explain:
+            ids, popular = [i["item_id"] for i in answer["items"]], bool(candidates.popular_B[0])
+            more = (asked.history, ids, request.context, request.weights)
+            found = [[]] * len(ids) if popular or not ids else await self.heads.explain.remote(state.stamp, *more)
+            for item, reasons in zip(answer["items"], found, strict=True):
+                item["because"] = [r for r in reasons if r["gain"] > 0][:REASONS]
+        return {"user_id": request.user_id, "bundle": state.stamp.bundle, **answer}
+
+    def _final(self, candidates: Candidates, predictions: dict[str, torch.Tensor], k: int, request: api.RecommendRequest) -> Ranked:
+        chosen = bool(request.diversity or request.caps)
+        width = candidates.item_BK.shape[1] if chosen else k
+        ranked = self.predictor.finalise(candidates, predictions, width, request.weights)
+        return self.predictor.diversify(ranked, k, request.diversity, request.caps) if chosen else ranked
 
     def _excluding(self, state: EncodedState, request: api.RecommendRequest) -> EncodedState:
         """The same state, and what this request leaves out."""
@@ -316,6 +351,10 @@ class Ingress(_Stage):
         return {"status": "ok", "bundle": me}
 
     async def _state(self, request: Any) -> EncodedState:
+        return await self._encoded(await self._history(request))
+
+    async def _history(self, request: Any) -> Asked:
+        """What is known of who asks, at the moment that is asked for."""
         marks: list[str] = []
         known_as: str | None = None
         if request.history is not None:
@@ -327,10 +366,14 @@ class Ingress(_Stage):
             except StoreError:  # rung 1: the answer of somebody whom nobody knows
                 history, version, known_as, marks = History(), "none", None, [STORE_DOWN]
         at = request.at if request.at is not None else api.now_ms() + SKEW_MS
-        stamp = Stamp(self.predictor.fingerprint, version)
         # what a moment of its own cuts is not remembered
-        state = await self.encoder.encode.remote(stamp, history.before(at), known_as if request.at is None else None)
-        return replace(state, degraded=[*marks, *state.degraded]) if marks else state  # type: ignore[no-any-return]
+        return Asked(
+            Stamp(self.predictor.fingerprint, version), history.before(at), known_as if request.at is None else None, marks
+        )
+
+    async def _encoded(self, asked: Asked) -> EncodedState:
+        state = await self.encoder.encode.remote(asked.stamp, asked.history, asked.user_id)
+        return replace(state, degraded=[*asked.marks, *state.degraded]) if asked.marks else state  # type: ignore[no-any-return]
 
     def _stored(self, known_as: str) -> tuple[History, str]:
         """What is known of a user, and its version."""

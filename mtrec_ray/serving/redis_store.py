@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from mtrec_ray.predictor import History
 from mtrec_ray.serving.sqlite_store import logged
-from mtrec_ray.serving.store import Stored, StoredEvent, StoreError, events_of, history_of, users_of
+from mtrec_ray.serving.store import Joining, Stored, StoredEvent, StoreError, events_of, history_of, users_of
 
 # KEYS: version, events, seen, ids, log. ARGV: keep, user, then six of every event: id, item, time, shown, body, place ("" for one
 # that is new and goes into the log)
@@ -59,7 +59,7 @@ return new
 """
 
 
-class RedisStore:
+class RedisStore(Joining):
     """A HistoryStore on a server. An item id holds no line break (preparation allows none in requests either)."""
 
     def __init__(
@@ -109,18 +109,7 @@ class RedisStore:
     def _keys(self, user_id: str) -> list[str]:
         return [*(f"{self.prefix}:{kind}:{user_id}" for kind in ("v", "ev", "seen", "ids")), f"{self.prefix}:log"]
 
-    def get(self, user_id: str) -> Stored | None:
-        found, base = self._read(user_id)
-        if base == self.base:
-            return found
-        history = self.prepared(user_id)
-        if history is None:
-            return found
-        self._join(user_id, history)
-        return self._read(user_id)[0]
-
     def _read(self, user_id: str) -> tuple[Stored | None, str | None]:
-        """-> (the history, the version of the prepared data in it)."""
         version, events, seen, *_ = self._keys(user_id)
         with self._errors():
             pipe = self._client.pipeline(transaction=True)
@@ -145,7 +134,7 @@ class RedisStore:
             with self._errors():
                 base = self._client.hget(self._keys(user_id)[0], "base")
             if base != self.base:
-                self._join(user_id, self.prepared(user_id) or History())
+                self._join_one(user_id, self.prepared(user_id) or History())
             new |= dict(zip(places, self._kept(user_id, [(events[p], "") for p in places]), strict=True))
         return [new[place] for place in range(len(events))]
 
@@ -156,8 +145,7 @@ class RedisStore:
         with self._errors():
             return [bool(n) for n in self._script(keys=self._keys(user_id), args=values)]
 
-    def _join(self, user_id: str, history: History) -> None:
-        """What preparation knows joins what is there."""
+    def _join_one(self, user_id: str, history: History) -> None:
         version, _, seen, *_ = self._keys(user_id)
         events = events_of(user_id, history)
         with self._errors():
@@ -172,7 +160,7 @@ class RedisStore:
     def load(self, rows: Iterable[pa.Table]) -> int:
         users = 0
         for user_id, history in users_of(rows):
-            self._join(user_id, history)
+            self._join_one(user_id, history)
             users += 1
         return users
 

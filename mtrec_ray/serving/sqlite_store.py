@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from mtrec_ray.predictor import History
-from mtrec_ray.serving.store import Stored, StoredEvent, StoreError, events_of, history_of, users_of
+from mtrec_ray.serving.store import Joining, Stored, StoredEvent, StoreError, events_of, history_of, users_of
 
 WAIT_SECONDS = 5.0
 """For another writer, before StoreError."""
@@ -35,7 +35,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS log_ids ON log (user_id, event_id) WHERE event
 """
 
 
-class SqliteStore:
+class SqliteStore(Joining):
     """A HistoryStore in one file."""
 
     def __init__(
@@ -88,21 +88,15 @@ class SqliteStore:
                 raise
             db.execute("COMMIT")
 
-    def get(self, user_id: str) -> Stored | None:
-        with self._errors():
-            found, base = self._read(user_id)
-        if base == self.base:
-            return found
-        history = self.prepared(user_id)
-        if history is None:
-            return found
+    def _join_one(self, user_id: str, history: History) -> None:
         with self._writing() as db:
             self._join(db, user_id, history)
-        with self._errors():
-            return self._read(user_id)[0]
 
     def _read(self, user_id: str) -> tuple[Stored | None, str | None]:
-        """-> (the history, the version of the prepared data in it)."""
+        with self._errors():
+            return self._read_at_once(user_id)
+
+    def _read_at_once(self, user_id: str) -> tuple[Stored | None, str | None]:
         db = self._db
         db.execute("BEGIN")  # version, events and seen items of one moment
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,6 +61,33 @@ class Stored:
 
     history: History
     version: str
+
+
+class Joining:
+    """What both stores do: a user that they meet first, or first with these prepared data, begins with the prepared history."""
+
+    prepared: Callable[[str], History | None]
+    base: str
+    """Version of the prepared data."""
+
+    def get(self, user_id: str) -> Stored | None:
+        """As of HistoryStore."""
+        found, base = self._read(user_id)
+        if base == self.base:
+            return found
+        history = self.prepared(user_id)
+        if history is None:
+            return found
+        self._join_one(user_id, history)
+        return self._read(user_id)[0]
+
+    def _read(self, user_id: str) -> tuple[Stored | None, str | None]:
+        """-> (the history, the version of the prepared data in it)."""
+        raise NotImplementedError
+
+    def _join_one(self, user_id: str, history: History) -> None:
+        """What preparation knows joins what is there."""
+        raise NotImplementedError
 
 
 class HistoryStore(Protocol):

@@ -361,3 +361,23 @@ def test_what_a_request_may_ask_for(client: httpx.Client, run: tuple[Path, RunCo
     wrong = client.post("/recommend", json={"user_id": "u1", "where": {"moon": ["full"]}})
     assert wrong.status_code == 422 and "'moon' is no attribute of items" in wrong.text
     assert predictor.fingerprint == by_rating["bundle"]
+    spread = listed(client, user_id="u1", diversity=0.9)
+    assert spread[0] == plain[0] and spread != plain and len(spread) == K
+    assert client.post("/recommend", json={"user_id": "u1", "caps": {"moon": 1}}).status_code == 422
+    assert client.post("/recommend", json={"user_id": "u1", "diversity": 2}).status_code == 422
+
+
+def test_an_explanation_is_the_predictors(client: httpx.Client, run: tuple[Path, RunConfig]) -> None:
+    predictor, history = bundle.load(str(run[0] / "bundle")), PreparedHistories(str(run[0] / "data")).get("u1")
+    assert history is not None
+    answer = client.post("/recommend", json={"user_id": "u1", "k": 3, "explain": True}).json()
+    expected = predictor.explain(history, [i["item_id"] for i in answer["items"]])
+    for item, reasons in zip(answer["items"], expected, strict=True):
+        best = [r for r in reasons if r["gain"] > 0][:3]
+        assert [r["time"] for r in item["because"]] == [r["time"] for r in best]
+        assert [r["gain"] for r in item["because"]] == pytest.approx([r["gain"] for r in best], abs=1e-5)
+    assert any(i["because"] for i in answer["items"])
+    assert [
+        i["because"] for i in client.post("/recommend", json={"user_id": "nobody", "k": 2, "explain": True}).json()["items"]
+    ] == [[], []]
+    assert client.post("/recommend", json={"user_id": "u1", "k": 1}).json()["items"][0]["because"] is None
