@@ -54,7 +54,10 @@ for a = 3, #ARGV, 6 do
   table.insert(new, fresh and 1 or 0)
 end
 redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -tonumber(ARGV[1]) - 1)
-if changed or redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HINCRBY', KEYS[1], 'n', 1) end
+if redis.call('HEXISTS', KEYS[1], 'n') == 0 then  -- one that comes back after being forgotten has no version that it had before
+  local now = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'n', now[1] .. string.format('%06d', now[2]))
+elseif changed then redis.call('HINCRBY', KEYS[1], 'n', 1) end
 return new
 """
 

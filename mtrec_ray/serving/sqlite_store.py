@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +147,7 @@ class SqliteStore(Joining):
         """An item is seen from its first event on."""
         db.executemany(
             "INSERT INTO seen VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET timestamp = min(timestamp, excluded.timestamp)",
-            [(user_id, item, time) for item, time in items],
+            [(user_id, item, moment) for item, moment in items],
         )
 
     def _join(self, db: sqlite3.Connection, user_id: str, history: History) -> None:
@@ -158,8 +159,9 @@ class SqliteStore(Joining):
             if (event.timestamp, event.item_id) not in there:
                 self._insert(db, event, place - len(events))
         self._see(db, user_id, zip(history.seen_item_ids, history.seen_times, strict=True))
-        joined = "INSERT INTO users VALUES (?, 1, ?) ON CONFLICT DO UPDATE SET version = version + 1, base = excluded.base"
-        db.execute(joined, (user_id, self.base))
+        # versions begin at the time: one that comes back after being forgotten never has a version that it had before
+        joined = "INSERT INTO users VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET version = version + 1, base = excluded.base"
+        db.execute(joined, (user_id, time.time_ns() // 1000, self.base))
         self._cut(db, user_id)
 
     def _cut(self, db: sqlite3.Connection, user_id: str) -> None:

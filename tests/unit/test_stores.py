@@ -184,7 +184,9 @@ def test_a_forgotten_user_is_nowhere(opened: Open, tmp_path: Path) -> None:
     assert list(read(store, "stays").item_ids) == ["a"]
     for file in tmp_path.glob("live.sqlite*"):
         assert b"gone" not in file.read_bytes()
-    assert store.append([event("gone", "b", 2, "e1")]) == [True]  # begins anew
+    before = store.get("stays").version  # type: ignore[union-attr]
+    assert store.append([event("gone", "b", 2, "e1")]) == [True]  # begins anew, with a version that nobody had
+    assert int(store.get("gone").version) > int(before)  # type: ignore[union-attr]
 
 
 def test_any_order_of_events_gives_the_last_ones_by_time(opened: Open) -> None:
