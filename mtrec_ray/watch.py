@@ -1,12 +1,22 @@
-"""Seconds and peak memory of a stage: the largest process of this process's tree, sampled."""
+"""Seconds and peak memory of a stage: the largest process of this process's tree, sampled; and memory given back."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from types import TracebackType
 
 import psutil
+import pyarrow as pa
+
+
+def give_back_memory() -> None:
+    """What was freed goes back to the system (glibc keeps it, and grows by fragments in long work)."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Watch:

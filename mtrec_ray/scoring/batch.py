@@ -26,6 +26,7 @@ from mtrec_ray.scoring.shards import Output
 from mtrec_ray.scoring.tables import OF_USERS, Ask, Tally, similar_tables, user_tables
 from mtrec_ray.serving.sharded import ShardedIndex
 from mtrec_ray.training.worker import load_schema
+from mtrec_ray.watch import give_back_memory
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class _Actor:
                 self.batch = self._trial(shard, ask)
             tables = user_tables(self.predictor, self._histories(shard), replace(ask, batch_users=int(self.batch)), tally)
         self.output.write(shard["name"], tables, lambda: asdict(tally))
+        give_back_memory()
         return {"users": tally.users, "asked": tally.asked, "items": tally.items}
 
     def _ask(self, shard: Shard, tally: Tally) -> Ask:
