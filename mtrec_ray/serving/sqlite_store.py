@@ -53,7 +53,10 @@ class SqliteStore(Joining):
         self.path, self.actions, self.context, self.keep, self.prepared = str(path), actions, context, keep, prepared
         self.base = base
         self._own = threading.local()
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{path}: {error}; name a file that can be written (store.path), or take store.kind: none") from None
         with self._errors():
             self._db.executescript(_TABLES)
             mode, full = (self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))

@@ -283,6 +283,9 @@ def test_a_server_that_could_lose_events_is_refused() -> None:
 def test_a_store_that_is_not_there_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="Redis"):
         RedisStore("redis://127.0.0.1:1/0", [], [], 5)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"live.sqlite: .*name a file that can be written"):
+        SqliteStore(tmp_path / "file" / "below" / "live.sqlite", [], [], 5)
     (tmp_path / "broken").write_bytes(b"this is no database, and long enough to be seen as none" * 100)
     with pytest.raises(StoreError, match="broken: file is not a database"):
         SqliteStore(tmp_path / "broken", [], [], 5)
