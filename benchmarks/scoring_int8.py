@@ -1,7 +1,7 @@
 """What eight bits save and cost in scoring: `python -m benchmarks.scoring_int8`.
 
 Quality on ML-100K (jobs/configs/ml100k.yaml, leave-one-out, the whole catalogue ranked, one run: runs/bench/quality-0, which the
-benchmark `quality` makes too): item vectors rounded to int8 with a scale per item, heads and sharing layers with int8 weights
+benchmark `quality` makes too, or that of --run): item vectors rounded to int8 with a scale per item, heads and sharing layers with int8 weights
 (`scoring.precision: int8`), and both. Speed on one thread: a single query against 1,000,000 vectors × 64 as those of
 `benchmarks.ann` (`index.precision`: int8, bf16), and four heads on 256 users × 200 candidates (benchmarks/many_users.py).
 
@@ -10,6 +10,7 @@ Value: NDCG@10 with both over NDCG@10 in float32.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -110,13 +111,17 @@ def heads_speed(folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="What eight bits save and cost in scoring.")
+    parser.add_argument("--run", type=Path, help="a run of ML-100K that is there already, such as runs/demo")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    fetch_ml100k(Path(".data/ml-100k"))
-    run = Path("runs/bench/quality-0")
-    command = [sys.executable, "-m", "jobs.pipeline", "--config", "jobs/configs/ml100k.yaml", "--out", str(run), "seed=0"]
-    if subprocess.run(command, check=False).returncode:
-        return 2
-    found: dict[str, Any] = {"quality": quality(run), "search": search_speed(1_000_000)}
+    run = args.run or Path("runs/bench/quality-0")
+    if args.run is None:
+        fetch_ml100k(Path(".data/ml-100k"))
+        command = [sys.executable, "-m", "jobs.pipeline", "--config", "jobs/configs/ml100k.yaml", "--out", str(run), "seed=0"]
+        if subprocess.run(command, check=False).returncode:
+            return 2
+    found: dict[str, Any] = {"run": str(run), "quality": quality(run), "search": search_speed(1_000_000)}
     with tempfile.TemporaryDirectory() as folder:
         found["heads"] = heads_speed(Path(folder))
     print(json.dumps(found))
