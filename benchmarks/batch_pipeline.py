@@ -121,7 +121,12 @@ def timed_score(config: RunConfig, data: storage.Directory, root: str, out: Path
         seconds = time.perf_counter() - started
     assert verify(str(out))["users"] == counts["users"]
     users = int(counts["users"])
-    found = {"users": users, "workers": config.scoring.workers, "seconds": seconds, "users_per_second": users / seconds}
+    found: dict[str, Any] = {
+        "users": users,
+        "workers": config.scoring.workers,
+        "seconds": seconds,
+        "users_per_second": users / seconds,
+    }
     found |= {"processes_mib": {n: round(v / 2**20) for n, v in memory.at_peak.items()}}
     found |= {"peak_pss_mib": memory.peak / 2**20, "stages": counts["seconds"], "bytes": counts["bytes"]}
     print(json.dumps(found), file=sys.stderr, flush=True)

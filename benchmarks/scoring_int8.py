@@ -1,9 +1,9 @@
 """What eight bits save and cost in scoring: `python -m benchmarks.scoring_int8`.
 
 Quality on ML-100K (jobs/configs/ml100k.yaml, leave-one-out, the whole catalogue ranked, one run: runs/bench/quality-0, which the
-benchmark `quality` makes too, or that of --run): item vectors rounded to int8 with a scale per item, heads and sharing layers with int8 weights
-(`scoring.precision: int8`), and both. Speed on one thread: a single query against 1,000,000 vectors × 64 as those of
-`benchmarks.ann` (`index.precision`: int8, bf16), and four heads on 256 users × 200 candidates (benchmarks/many_users.py).
+benchmark `quality` makes too, or that of --run): item vectors rounded to int8 with a scale per item, heads and sharing layers with
+int8 weights (`scoring.precision: int8`), and both. Speed on one thread: a single query against 1,000,000 vectors × 64 as those
+of `benchmarks.ann` (`index.precision`: int8, bf16), and four heads on 256 users × 200 candidates (benchmarks/many_users.py).
 
 Value: NDCG@10 with both over NDCG@10 in float32.
 """
@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,19 @@ def turns(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[fl
     return taken
 
 
+def _each(index: ExactIndex, asked: Sequence[torch.Tensor]) -> None:
+    for query in asked:
+        index.search(query, 100, NOTHING)
+
+
 def search_speed(items: int) -> dict[str, Any]:
     item, query = vectors_like_trained(items, 120)
     exact = ExactIndex(item)
     reduced = {p: build_reduced(item, query[:40], 100, p, 0.5) for p in ("int8", "bf16")}  # type: ignore[arg-type]
     asked = torch.split(query[40:60], 1)
-    sides: dict[str, Callable[[], Any]] = {"float32": lambda: [exact.search(q, 100, NOTHING) for q in asked]}
+    sides: dict[str, Callable[[], Any]] = {"float32": partial(_each, exact, asked)}
     for name, index in reduced.items():
-        sides[name] = lambda index=index: [index.search(q, 100, NOTHING) for q in asked]
+        sides[name] = partial(_each, index, asked)
     taken = turns(sides, 5)
     return {
         "items": items, "queries_per_second": {n: len(asked) / float(np.median(v)) for n, v in taken.items()},
@@ -102,7 +108,7 @@ def heads_speed(folder: Path) -> dict[str, Any]:
     plain, small = bundle.load(root), bundle.load(root).to_int8()
     generator = torch.Generator().manual_seed(0)
     state, items = torch.randn(256, 64, generator=generator), torch.randint(2000, (256, 200), generator=generator)
-    taken = turns({n: lambda p=p: p.score(state, items, {}) for n, p in (("float32", plain), ("int8", small))}, 10)
+    taken = turns({n: partial(p.score, state, items, {}) for n, p in (("float32", plain), ("int8", small))}, 10)
     parts = {n: [p.model.sharing, *p.model.pointwise.values()] for n, p in (("float32", plain), ("int8", small))}
     return {
         "users_per_second": {n: 256 / float(np.median(v)) for n, v in taken.items()},
