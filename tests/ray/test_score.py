@@ -280,6 +280,6 @@ def test_a_place_with_other_files_and_a_full_disk_publish_nothing(
             pq.ParquetWriter = full  # in the actor's process alone
 
     monkeypatch.setattr(batch, "_Actor", Full)
-    with pytest.raises(StorageError, match=r"part-0000\d.parquet: cannot be written: .*No space left on device"):
+    with pytest.raises(StorageError, match=r"_part-0000\d-\w+\.parquet: cannot be written: .*No space left on device"):
         batch.score(tiny_run.config, tiny_run.data, str(tiny_run.bundle_root), str(tmp_path / "full"))
     assert not list((tmp_path / "full").rglob("*.parquet")) and not list((tmp_path / "full").rglob("*.json"))
