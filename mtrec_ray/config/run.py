@@ -80,7 +80,7 @@ class ScoringConfig(Model):
     use_gpu: bool | Literal["auto"] = "auto"
     """A GPU for every actor. `auto`: where the cluster has as many."""
     precision: Literal["float32", "int8"] = "float32"
-    """int8: the heads' and sharing layers' weights in eight bits, on CPUs; what it costs is measured in docs/scoring.md."""
+    """int8: the heads' and sharing layers' weights in eight bits, on CPUs: for memory, not for speed (docs/scoring.md)."""
     where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Only items with one of these values, for every attribute named (of data.item_features): {genre: [Comedy, Drama]}."""
 

@@ -1,7 +1,7 @@
 """Exact search that looks at all items in fewer bits, and scores the best of them again as they are.
 
 int8 (a scale for every item and every query) is for single queries on a CPU with VNNI, where memory is what takes time; bf16 is
-for GPUs. Measured on a CPU it is slower than float32 (docs/retrieval.md).
+for GPUs. `benchmarks.scoring_int8` measures both.
 """
 
 from __future__ import annotations
