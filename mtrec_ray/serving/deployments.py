@@ -221,7 +221,7 @@ async def _bad_request(request: Request, error: ValueError) -> JSONResponse:
 @http.exception_handler(StoreError)
 async def _store_down(request: Request, error: StoreError) -> JSONResponse:
     """An event that cannot be kept is not acknowledged."""
-    detail = "the history store cannot be reached; nothing was kept, send the events again"
+    detail = "the history store cannot be reached; send the events again (an event_id counts once)"
     return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
 
 
@@ -233,7 +233,7 @@ async def _mixed_bundles(request: Request, error: MixedBundlesError) -> JSONResp
 
 _NO_STORE: dict[int | str, dict[str, Any]] = {
     501: {"description": "The service keeps no events"},
-    503: {"description": "The store cannot be reached; nothing was kept"},
+    503: {"description": "The store cannot be reached; send the events again"},
 }
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "An item id that the catalogue lacks"}}
 
@@ -299,7 +299,7 @@ class Ingress(_Stage):
 
     @http.post("/events", response_model=api.EventsAnswer, responses=_NO_STORE)
     async def events(self, request: api.EventsRequest) -> dict[str, int]:
-        """Keep what users did, all of it or nothing. It is durable before this answers, and in the very next recommendation."""
+        """Keep what users did (one bad event keeps all out). It is durable before this answers, and in the very next recommendation."""
         if self.store is None:
             raise HTTPException(501, "this service keeps no events (store.kind: none)")
         now, kept = api.now_ms(), []

@@ -97,7 +97,7 @@ class HistoryStore(Protocol):
         """None for a user that neither it nor the prepared data know."""
 
     def append(self, events: Sequence[StoredEvent]) -> list[bool]:
-        """Keep events, all or none; they are durable when this returns. -> which of them are new (not seen by their id before)."""
+        """Keep events, those of one user all or none; durable when this returns. -> which are new (not seen by their id before)."""
 
     def load(self, rows: Iterable[pa.Table]) -> int:
         """Rows of the prepared store join what is there; events that are there already count once -> users."""
