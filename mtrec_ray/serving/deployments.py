@@ -299,7 +299,7 @@ class Ingress(_Stage):
 
     @http.post("/events", response_model=api.EventsAnswer, responses=_NO_STORE)
     async def events(self, request: api.EventsRequest) -> dict[str, int]:
-        """Keep what users did (one bad event keeps all out). It is durable before this answers, and in the very next recommendation."""
+        """Keep what users did: durable before this answers, and in the very next recommendation. One bad event keeps all out."""
         if self.store is None:
             raise HTTPException(501, "this service keeps no events (store.kind: none)")
         now, kept = api.now_ms(), []
