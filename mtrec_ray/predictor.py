@@ -293,7 +293,16 @@ class Predictor:
 
         Raises FilterError.
         """
+        self.check_where(where)
         allowed_N = np.ones(len(self.item_ids), bool)
+        specs = {spec.name: spec for spec in self.schema.item_features}
+        for name, values in where.items():
+            asked = [specs[name].values.index(v) + FIRST for v in values]
+            allowed_N &= np.isin(self.item_codes[name], asked).any(1)
+        return allowed_N
+
+    def check_where(self, where: Mapping[str, Sequence[str]]) -> None:
+        """Raises FilterError for an attribute or a value that no item has."""
         specs = {spec.name: spec for spec in self.schema.item_features}
         for name, values in where.items():
             if name not in specs:
@@ -302,9 +311,6 @@ class Predictor:
             strange = sorted(set(values) - set(known))
             if strange:
                 raise FilterError(f"{name}: no item has {strange[0]!r}; some that items have: {list(known[:10])}")
-            asked = [known.index(v) + FIRST for v in values]
-            allowed_N &= np.isin(self.item_codes[name], asked).any(1)
-        return allowed_N
 
     def encode_histories(self, histories: Sequence[History]) -> EncodedHistories:
         """The last L - 1 known events of each history, as integers. Items that the catalogue lacks are left

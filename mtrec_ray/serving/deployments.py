@@ -264,8 +264,7 @@ class Ingress(_Stage):
         predictor = self.predictor
         self._check_context(request.context)
         predictor.check_weights(request.weights)
-        if request.where:
-            predictor.allowed(request.where)
+        predictor.check_where(request.where)
         k = min(request.k, len(predictor.item_ids))
         asked = await self._history(request)
         state = self._excluding(await self._encoded(asked), request)
