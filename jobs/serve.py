@@ -26,8 +26,8 @@ from mtrec_ray import runtime, storage
 YAML = Path(__file__).parent.parent / "serve_apps" / "recommend.yaml"
 
 
-def start(run: str, port: int) -> Callable[[], None]:
-    """Deploy serve_apps/recommend.yaml for one run on this Ray -> a function that stops it.
+def start(run: str, port: int, fused: bool = False) -> Callable[[], None]:
+    """Deploy serve_apps/recommend.yaml for one run on this Ray -> a function that stops it. fused: all stages in the ingress.
 
     Raises RuntimeError when the port is taken, StorageError when the run has no bundle.
     """
@@ -46,9 +46,9 @@ def start(run: str, port: int) -> Callable[[], None]:
     serve.start(proxy_location=settings["proxy_location"], http_options={**settings["http_options"], "port": port})
     application = settings["applications"][0]
     options = {d["name"]: {k: v for k, v in d.items() if k != "name"} for d in application["deployments"]}
-    graph = build(Args(run=storage.absolute(run), options=options))
+    graph = build(Args(run=storage.absolute(run), options=options, fused=fused))
     serve.run(
-        graph, name=application["name"], route_prefix=application["route_prefix"], logging_config={"enable_access_log": False}
+        graph, name=application["name"], route_prefix=application["route_prefix"], logging_config=application["logging_config"]
     )
 
     def stop() -> None:
@@ -62,9 +62,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.serve", description="Serve a run over HTTP until Ctrl-C.")
     parser.add_argument("run", help="run directory, such as runs/ml100k")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--fused", action="store_true", help="all stages in one process: for small installations")
     args = parser.parse_args()
     try:
-        stop = start(args.run, args.port)
+        stop = start(args.run, args.port, args.fused)
     except USER_ERRORS as error:
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2

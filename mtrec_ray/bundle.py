@@ -9,6 +9,8 @@ ROOT/<inputs>/weights.safetensors   the model
 ROOT/<inputs>/items.safetensors     item_vec_ND
 ROOT/<inputs>/index.json            how candidates are searched, and with what recall
 ROOT/<inputs>/index.faiss           the lists of an approximate index
+ROOT/<inputs>/texts.safetensors     text_NE in half precision, for search by text
+ROOT/<inputs>/golden.json           requests with their answers (golden.py)
 ROOT/<inputs>/fingerprint.json      SHA-256 over all of the above
 ROOT/<inputs>/metrics.json          added by evaluation; not part of the fingerprint
 """
@@ -26,7 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mtrec_ray import storage
+from mtrec_ray import golden, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
@@ -34,7 +36,7 @@ from mtrec_ray.retrieval.ivf import IvfIndex
 from mtrec_ray.retrieval.reduced import ReducedIndex
 from mtrec_ray.schema import LogSchema
 
-LISTS, VECTORS = "index.faiss", "items.safetensors"
+LISTS, VECTORS, TEXTS, GOLDEN = "index.faiss", "items.safetensors", "texts.safetensors", "golden.json"
 _UNHASHED = ("metrics.json", "fingerprint.json")
 
 
@@ -69,9 +71,13 @@ def write(
     }
     if isinstance(index, IvfIndex):
         files[LISTS] = index.save()
+    if model.text_NE is not None:
+        files[TEXTS] = save_tensors({"text_NE": model.text_NE.half().contiguous()})  # type: ignore[union-attr, operator]
     for name, content in files.items():
         storage.write_bytes(storage.join(prefix, name), content)
     storage.write_table(storage.join(prefix, "catalogue.parquet"), catalogue)
+    # what a reader will have, not what is in memory here
+    storage.write_json(storage.join(prefix, GOLDEN), golden.make(_assemble(prefix, "", "cpu")))
     fingerprint = compute_fingerprint(prefix)
     storage.write_json(
         storage.join(prefix, "fingerprint.json"), {"fingerprint": fingerprint, "schema_version": storage.SCHEMA_VERSION}
@@ -100,11 +106,39 @@ def prefix_of(uri: str) -> str:
 def item_vectors(uri: str, begin: int = 0, end: int | None = None) -> Tensor:
     """item_vec_ND from one catalogue position to another. A local bundle's are memory-mapped: processes of a machine share
     them, and no more is read than is looked at."""
-    file = storage.join(prefix_of(uri), VECTORS)
+    return _vectors(prefix_of(uri), begin, end)
+
+
+def _vectors(prefix: str, begin: int = 0, end: int | None = None) -> Tensor:
+    file = storage.join(prefix, VECTORS)
     if not storage.is_local(file):
         return load_tensors(storage.read_bytes(file))["item_vec_ND"][begin:end]
     with safe_open(storage.resolve(file)[1], framework="pt") as tensors:
         return tensors.get_slice("item_vec_ND")[begin:end] if begin or end is not None else tensors.get_tensor("item_vec_ND")
+
+
+def fingerprint_of(uri: str) -> str:
+    """What a bundle says of itself. Raises BundleError, StorageError."""
+    return str(storage.read_json(storage.join(prefix_of(uri), "fingerprint.json"))["fingerprint"])
+
+
+def golden_requests(uri: str) -> dict[str, Any]:
+    """As of golden.check. Raises BundleError for a bundle without them."""
+    file = storage.join(prefix_of(uri), GOLDEN)
+    if not storage.exists(file):
+        raise BundleError(f"{uri}: no golden requests; an older version wrote it: run jobs.index again")
+    return dict(storage.read_json(file))
+
+
+def text_vectors(uri: str) -> Tensor | None:
+    """text_NE (half precision) of the catalogue, memory-mapped where it is local; None where items have no texts."""
+    file = storage.join(prefix_of(uri), TEXTS)
+    if not storage.exists(file):
+        return None
+    if not storage.is_local(file):
+        return load_tensors(storage.read_bytes(file))["text_NE"]
+    with safe_open(storage.resolve(file)[1], framework="pt") as tensors:
+        return tensors.get_tensor("text_NE")  # type: ignore[no-any-return]
 
 
 def load(uri: str, verify: bool = True, device: str = "cpu") -> Predictor:
@@ -120,6 +154,12 @@ def load(uri: str, verify: bool = True, device: str = "cpu") -> Predictor:
     if verify and compute_fingerprint(prefix) != stated["fingerprint"]:
         raise BundleError(f"{prefix}: the files do not match the fingerprint {stated['fingerprint'][:12]}: damaged or changed")
 
+    return _assemble(prefix, stated["fingerprint"], device)
+
+
+def _assemble(prefix: str, fingerprint: str, device: str) -> Predictor:
+    """The files of a bundle -> a predictor."""
+
     def read(name: str) -> bytes:
         return storage.read_bytes(storage.join(prefix, name))
 
@@ -130,7 +170,7 @@ def load(uri: str, verify: bool = True, device: str = "cpu") -> Predictor:
     width = text["width"]
     model = Recommender(config, schema, torch.zeros(0, width) if width else None)
     model.load_state_dict(load_tensors(read("weights.safetensors")))
-    item_vec_ND = item_vectors(prefix).to(device)
+    item_vec_ND = _vectors(prefix).to(device)
     facts = json.loads(read("index.json"))
     index: IvfIndex | ReducedIndex | None = None
     if "precision" in facts:
@@ -139,4 +179,4 @@ def load(uri: str, verify: bool = True, device: str = "cpu") -> Predictor:
         lists = storage.join(prefix, LISTS)
         content = Path(storage.resolve(lists)[1]) if storage.is_local(prefix) else storage.read_bytes(lists)
         index = IvfIndex.load(content, item_vec_ND, facts)
-    return Predictor(config, schema, catalogue, model.to(device), item_vec_ND, stated["fingerprint"], text["encoder"], index)
+    return Predictor(config, schema, catalogue, model.to(device), item_vec_ND, fingerprint, text["encoder"], index)

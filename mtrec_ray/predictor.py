@@ -16,7 +16,7 @@ from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,9 @@ from mtrec_ray.retrieval.exact import NONE, ExactIndex, Index
 from mtrec_ray.retrieval.live import GrownVectors, LiveIndex
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks.wide import Bags
+
+if TYPE_CHECKING:
+    from mtrec_ray.encoders.text import TextEncoder
 
 IntArray = NDArray[np.int64]
 NO_HISTORY = "no_history"
@@ -143,6 +146,8 @@ class Changes:
     added_AD: Tensor
     gone: IntArray
     """Positions that are in no list, ascending."""
+    text_AE: Tensor
+    """Their text vectors."""
     before_A: IntArray
     """Where an added item stood in the bundle's catalogue; NONE for one that is new."""
 
@@ -236,7 +241,7 @@ class Predictor:
         new.position = ChainMap(dict.fromkeys(removed, NONE), place, base.position)  # type: ignore[arg-type]
         places = [p for i in {*removed, *blocked} for p in (place.get(i), base.position.get(i)) if p is not None]
         gone = np.unique(np.concatenate([before_A[before_A != NONE], np.array(places, dtype=np.int64)]))
-        new._changes = Changes(vec_AD, gone, before_A)
+        new._changes = Changes(vec_AD, gone, torch.zeros(0, 0) if text_AE is None else text_AE, before_A)
         vec_AD = vec_AD.to(self.device)
         new._vec_ND = GrownVectors(base._vec_ND, vec_AD)  # type: ignore[arg-type]
         new.exact, new.index = LiveIndex(base.exact, vec_AD, gone), LiveIndex(base.index, vec_AD, gone)  # type: ignore[arg-type]
@@ -244,6 +249,11 @@ class Predictor:
         popularity_A = torch.where(known, base.popularity_N[torch.from_numpy(before_A.clip(min=0))], torch.zeros(len(ids)))
         new.popularity_N, new._popular = torch.cat([base.popularity_N, popularity_A]), None
         return new
+
+    @property
+    def changes(self) -> Changes | None:
+        """What became of the bundle's catalogue; None: nothing."""
+        return self._changes
 
     @torch.no_grad()
     def _similar(self, vec_ND: Tensor) -> Tensor:
@@ -312,6 +322,14 @@ class Predictor:
             if strange:
                 raise FilterError(f"{name}: no item has {strange[0]!r}; some that items have: {list(known[:10])}")
 
+    def check_caps(self, caps: Mapping[str, int]) -> None:
+        """Raises FilterError for an attribute that items do not have."""
+        for name in caps:
+            if name not in self.item_codes:
+                raise FilterError(
+                    f"caps: {name!r} is no attribute of items; known are {sorted(self.item_codes)} (data.item_features)"
+                )
+
     def encode_histories(self, histories: Sequence[History]) -> EncodedHistories:
         """The last L - 1 known events of each history, as integers. Items that the catalogue lacks are left
         out, and that is marked."""
@@ -358,20 +376,27 @@ class Predictor:
     @cached_property
     def event_texts(self) -> TextMemory:
         """Vectors of the texts in histories. The TextEncoder is loaded when this is first asked for. Raises EncoderError."""
+        encoder = self.open_text_encoder()
+        return TextMemory(encoder.encode, encoder.width)
+
+    def open_text_encoder(self) -> TextEncoder:
+        """The TextEncoder that made the bundle's text vectors. Raises EncoderError where it is not here, or another one is."""
         from mtrec_ray.encoders.loading import EncoderError, encoder_identity
         from mtrec_ray.encoders.text import TextEncoder
 
-        assert self.config.encoder is not None  # a configuration with texts has one
-        here, there = (
-            {k: v for k, v in (e or {}).items() if k != "model"} for e in (encoder_identity(self.config.encoder), self.text_encoder)
-        )
+        config = self.config.encoder
+        if config is None:
+            raise EncoderError("encoder: this bundle reads no texts")
+        config, stated = config.model_copy(update={"compile": False, "use_gpu": False, "tuning": None}), self.text_encoder or {}
+        if stated and stated.get("model") != config.model:  # it was trained with the recommender
+            return TextEncoder(config.model_copy(update={"model": stated["model"]}))
+        here, there = ({k: v for k, v in e.items() if k != "model"} for e in (encoder_identity(config), stated))
         if there and here != there:  # it may lie elsewhere
             raise EncoderError(
-                f"encoder.model {self.config.encoder.model!r}: its files here are not those that the bundle was trained with, and "
-                "texts of events would be misread; put the bundle's encoder in its place, or train again"
+                f"encoder.model {config.model!r}: its files here are not those that the bundle was trained with, and texts would "
+                "be misread; put the bundle's encoder in its place, or train again"
             )
-        encoder = TextEncoder(self.config.encoder.model_copy(update={"compile": False, "use_gpu": False}))
-        return TextMemory(encoder.encode, encoder.width)
+        return TextEncoder(config)
 
     def encode_context(self, contexts: Sequence[Mapping[str, object]]) -> dict[str, Tensor]:
         """Request contexts -> encoded features, one entry per request. Raises FeatureError."""
@@ -399,13 +424,15 @@ class Predictor:
         return torch.where(popular_B[:, None], self.popularity_N, score_BN), popular_B
 
     def retrieve(
-        self, state_BD: Tensor, length_B: Tensor, seen: Sequence[IntArray], k: int, allowed_N: NDArray[np.bool_] | None = None
-    ) -> Candidates:
-        """States -> the best max(k, K) items that are not excluded. allowed_N: no others (None: all are)."""
+        self, state_BD: Tensor, length_B: Tensor, seen: Sequence[IntArray], k: int, allowed_N: NDArray[np.bool_] | None = None,
+        index: Index | None = None,
+    ) -> Candidates:  # fmt: skip
+        """States -> the best max(k, K) items that are not excluded. allowed_N: no others (None: all are). index: in the place of
+        the predictor's own."""
         self.config.require_retrieval("ranking items")
-        k = max(k, self.config.ranking.candidates)
+        k, chosen = max(k, self.config.ranking.candidates), self.index if index is None else index
         with torch.no_grad():
-            item_BK, logit_BK = self.index.search(self.model.retrieval.query(state_BD.to(self.device)), k, seen, allowed_N)
+            item_BK, logit_BK = chosen.search(self.model.retrieval.query(state_BD.to(self.device)), k, seen, allowed_N)
         popular_B = length_B == 0
         if popular_B.any():
             rows = torch.nonzero(popular_B)[:, 0]
@@ -413,6 +440,12 @@ class Predictor:
             share = self.popularity_N[item_BK[rows].clamp(min=0)]
             logit_BK[rows] = torch.where(item_BK[rows] == NONE, float("-inf"), share)
         return Candidates(item_BK, logit_BK, popular_B)
+
+    def popular(self, seen: Sequence[IntArray], k: int, allowed_N: NDArray[np.bool_] | None = None) -> Candidates:
+        """What everybody gets of whom nothing is known: candidates without a state."""
+        item_BK = self._most_popular(seen, min(k, len(self.item_ids)), allowed_N)
+        share_BK = torch.where(item_BK == NONE, float("-inf"), self.popularity_N[item_BK.clamp(min=0)])
+        return Candidates(item_BK, share_BK, torch.ones(len(seen), dtype=torch.bool))
 
     def _most_popular(self, seen: Sequence[IntArray], k: int, allowed_N: NDArray[np.bool_] | None) -> Tensor:
         """The k most popular items that are left to each -> item_BK, ties by position."""
@@ -481,11 +514,7 @@ class Predictor:
 
         Raises FilterError for an attribute that items do not have.
         """
-        for name in caps:
-            if name not in self.item_codes:
-                raise FilterError(
-                    f"caps: {name!r} is no attribute of items; known are {sorted(self.item_codes)} (data.item_features)"
-                )
+        self.check_caps(caps)
         B, K = ranked.item_BK.shape
         place_BK = np.full((B, min(k, K)), -1, dtype=np.int64)
         for row, items in enumerate(ranked.item_BK):

@@ -24,10 +24,12 @@ class Args(BaseModel):
     """Deployment name -> Serve options, for callers that do not deploy the YAML."""
     serving: ServingSettings = ServingSettings()
     """Store of live histories, tokens, limits (docs/serving.md)."""
+    fused: bool = False
+    """All stages in the ingress: for small installations."""
 
 
 def build(args: Args) -> serve.Application:
     """Application builder. Raises StorageError, or ValueError for a store that cannot be here, before any replica starts."""
     for name in ("bundle", "data"):
         storage.Directory(storage.join(args.run, name)).manifest  # noqa: B018
-    return build_graph(storage.join(args.run, "bundle"), storage.join(args.run, "data"), args.options, args.serving)
+    return build_graph(storage.join(args.run, "bundle"), storage.join(args.run, "data"), args.options, args.serving, args.fused)

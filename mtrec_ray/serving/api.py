@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from fastapi import Path
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from mtrec_ray.features import FeatureError, FeatureSpec
 from mtrec_ray.predictor import History
 from mtrec_ray.schema import LogSchema
 
-Id = Annotated[str, Field(min_length=1, max_length=512)]
+Id = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""Without control characters: what lies in stores and logs is a line."""
+PathId = Annotated[str, Path(min_length=1, max_length=512)]
+"""An id in a path; `check_id` holds it to Id."""
 Scalar = str | bool | int | float | None
 Value = Scalar | list[Scalar]
 """A feature's value: text or a number, a list of them, or null."""
@@ -87,6 +91,17 @@ class RecommendRequest(_User):
     )
 
 
+class ManyRequest(_Request):
+    """Many users in one call."""
+
+    requests: list[RecommendRequest] = Field(min_length=1, max_length=1000)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"requests": [{"user_id": "196"}, {"user_id": "186", "k": 5}]}]},
+    )
+
+
 class ScoreRequest(_User):
     item_ids: list[Id] = Field(min_length=1, max_length=MAX_ITEMS)
     context: dict[str, Value] = Field(default_factory=dict)
@@ -123,6 +138,47 @@ class SimilarRequest(_Request):
     item_id: Id
     k: int = Field(default=10, ge=1)
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"item_id": "50", "k": 5}]})
+
+
+class SearchRequest(_Request):
+    text: str = Field(min_length=1, max_length=2_000)
+    k: int = Field(default=10, ge=1)
+    where: dict[str, list[str]] = Field(default_factory=dict)
+    """As of /recommend."""
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"text": "a toy that comes to life", "k": 5}]}
+    )
+
+
+class HistoryRequest(_Request):
+    user_id: Id
+    limit: int = Field(default=20, ge=1, le=1000)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"user_id": "196"}]})
+
+
+class ItemRequest(_Request):
+    """A row of the items table."""
+
+    columns: dict[str, Scalar]
+    """As the configuration reads them (data.text, data.item_features)."""
+    model_config = ConfigDict(
+        extra="forbid", strict=True,
+        json_schema_extra={"examples": [{"columns": {"movie_title": "A New Film", "release_year": "2026", "class": "Comedy"}}]},
+    )  # fmt: skip
+
+
+class ItemPatch(_Request):
+    available: bool | None = None
+    """False: out of stock."""
+    blocked: bool | None = None
+    """True: nobody gets it."""
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"available": False}]})
+
+    @model_validator(mode="after")
+    def _something(self) -> ItemPatch:
+        if self.available is None and self.blocked is None:
+            raise ValueError("give available, blocked, or both")
+        return self
 
 
 class ProfileRequest(_User):
@@ -166,6 +222,57 @@ class _Answer(BaseModel):
 class RecommendAnswer(_Answer):
     user_id: str | None
     items: list[Item]
+
+
+class ManyAnswer(BaseModel):
+    answers: list[RecommendAnswer]
+
+
+class SearchAnswer(_Answer):
+    items: list[SimilarItem]
+
+
+class KnownEvent(BaseModel):
+    item_id: str
+    title: str
+    timestamp: int
+    actions: dict[str, float]
+
+
+class HistoryAnswer(BaseModel):
+    user_id: str
+    events: list[KnownEvent]
+    """The latest first."""
+    seen_before: int
+    """Items of events before those that are kept."""
+
+
+class ItemAnswer(BaseModel):
+    item_id: str
+    number: int
+    """Of this change."""
+    columns: dict[str, str | None] | None
+    """Null: the bundle's own."""
+    available: bool
+    blocked: bool
+    deleted: bool
+
+
+class Latency(BaseModel):
+    count: int
+    p50: float
+    p99: float
+
+
+class Stats(BaseModel):
+    latency_ms: dict[str, Latency]
+    """Of endpoints and stages, the last requests."""
+    degraded: dict[str, int]
+    answers: dict[str, int]
+    statuses: dict[str, int]
+    versions: dict[str, Any]
+    items: int
+    """Number of the last change of an item that is known."""
 
 
 class ScoreAnswer(_Answer):
@@ -232,6 +339,17 @@ def check_context(given: Mapping[str, Value], known: Mapping[str, FeatureSpec], 
             known[name].column([value])
         except FeatureError as error:
             raise BadRequestError(f"{where}context.{error}") from None
+
+
+_ONE_ID: TypeAdapter[str] = TypeAdapter(Id)
+
+
+def check_id(value: str) -> str:
+    """An id from a path. Raises BadRequestError."""
+    try:
+        return _ONE_ID.validate_python(value)
+    except ValidationError as error:
+        raise BadRequestError(f"item_id: {error.errors()[0]['msg']}") from None
 
 
 def now_ms() -> int:

@@ -1,392 +1,286 @@
-"""The inference graph: ingress → StateEncoder → Retrieval → Heads, four deployments, one stage each.
+"""The inference graph: ingress → StateEncoder → Retrieval → Heads, and TextEncoder for new items and search by text.
 
-The ingress reads the history, calls the stages with integers, and hosts `finalise`. Every message carries a stamp:
-the bundle's fingerprint and the history's version. A stage that has another bundle, or is handed a state of another
-stamp, refuses. Torch runs in an executor of one thread, never on a replica's event loop.
+Every deployment hosts one stage (serving/stages.py) and holds one bundle or, during a rollout, more (serving/versions.py). Torch
+runs in a thread of its own, and what came while it was busy is done together (serving/work.py). Every message carries a stamp;
+a stage that lacks the bundle, or is handed a state of another stamp, refuses.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
 import torch
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
-from mtrec_ray import bundle, storage
+from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
-from mtrec_ray.predictor import Candidates, FilterError, History, IntArray, Ranked, UnknownItemError
-from mtrec_ray.privacy import Pseudonyms
-from mtrec_ray.serving import api
-from mtrec_ray.serving.guard import Guard, Guarded, set_guard
-from mtrec_ray.serving.history import PreparedHistories
-from mtrec_ray.serving.settings import ServingSettings, Tokens, open_store, store_path
+from mtrec_ray.golden import histories
+from mtrec_ray.predictor import History, Predictor
+from mtrec_ray.serving import stages
+from mtrec_ray.serving.items import LiveItems
+from mtrec_ray.serving.meters import StageMeters
+from mtrec_ray.serving.settings import ServingSettings, open_store, store_path
 from mtrec_ray.serving.sharded import ShardedIndex
-from mtrec_ray.serving.store import SKEW_MS, EventError, EventRules, StoreError
+from mtrec_ray.serving.stages import EncodedState, MixedBundlesError, Retrieved, Stamp
+from mtrec_ray.serving.store import HistoryStore
+from mtrec_ray.serving.versions import Rollout, Version, Versions
+from mtrec_ray.serving.work import Worker
 
-T = TypeVar("T")
-STORE_DOWN = "history_store_down"
-REASONS = 3
-"""Events that explain an item, at most."""
-
-
-class MixedBundlesError(RuntimeError):
-    """Two stages of one answer have different bundles, or a state comes from another version of the history store."""
+log = logging.getLogger("ray.serve")
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """What an answer is made from; every message between stages carries it."""
+class Stage:
+    """Bundles, a thread for torch, and what changed in the catalogue."""
 
-    bundle: str
-    """Fingerprint of the bundle."""
-    history: str = ""
-    """Version of the history; empty where an answer reads none."""
+    def __init__(
+        self,
+        bundle_uri: str,
+        data_uri: str | None = None,
+        settings: ServingSettings | None = None,
+        versions: Versions | None = None,
+    ) -> None:
+        """data_uri, settings: where changes of items are read; None: nowhere. versions: of a process that hosts several stages."""
+        self.settings, self.data_uri = settings or ServingSettings(), data_uri
+        torch.set_num_threads(self.settings.threads)
+        self.versions = versions or Versions(bundle_uri, self.prepare)
+        self.meters = StageMeters(type(self).__name__)
+        self.worker = Worker("torch", self.settings.max_batch, self.meters.batch)
+        self.items = LiveItems(lambda number: [] if self.store is None else self.store.items_since(number))
+        self._store: HistoryStore | None = None
+        self._store_pool = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._rolling: asyncio.Task[None] | None = None
+        self._begun = False
 
+    def prepare(self, predictor: Predictor, uri: str) -> None:
+        """Of every bundle that is loaded."""
 
-@dataclass(frozen=True)
-class EncodedState:
-    """One history as StateEncoder answers it, with what the later stages need of it."""
+    @property
+    def store(self) -> HistoryStore | None:
+        """Opened when it is first asked for. Raises StoreError."""
+        if self._store is None and self.data_uri is not None:
+            self._store = open_store(self.settings.store, self.data_uri, self.versions.current.base)
+        return self._store
 
-    stamp: Stamp
-    state_BD: torch.Tensor
-    length_B: torch.Tensor
-    seen: list[IntArray]
-    visible: list[IntArray]
-    degraded: list[str]
+    async def in_store(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._store_pool, function, *args)
 
+    # ------------------------------------------------------------------ versions
 
-@dataclass(frozen=True)
-class Asked:
-    """Whose answer it is, and from what."""
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Serve calls this at the start, and then whenever `user_config` is another. A rollout that is wrong is refused and told
+        (GET /versions); what is served goes on."""
+        if not self._begun:
+            self._begun = True
+            await self._roll(config, first=True)
+            # where the rollout is wrong, what args.run names; a replica that has nothing to serve does not start
+            _ = await asyncio.get_running_loop().run_in_executor(self._loader, lambda: self.versions.current)
+            return
+        if self._rolling is not None:
+            self._rolling.cancel()
+        self._rolling = asyncio.get_running_loop().create_task(self._roll(config))  # requests go on meanwhile
 
-    stamp: Stamp
-    history: History
-    user_id: str | None
-    """As the store knows the user, where the state may be remembered."""
-    marks: list[str]
-    """Degradations so far."""
+    async def _roll(self, config: Mapping[str, Any], first: bool = False) -> None:
+        try:
+            rollout = Rollout.model_validate(config)
+            found = await asyncio.get_running_loop().run_in_executor(self._loader, self.versions.load, rollout)
+            if not first:
+                await self._agreed(found)
+        except asyncio.CancelledError:  # another one came
+            raise
+        except Exception as error:
+            self.versions.refused[str(dict(config).get("bundle"))] = f"{type(error).__name__}: {error}"
+            log.error("rollout refused", extra={"reason": f"{type(error).__name__}: {error}"})
+            return
+        self.versions.switch(rollout, found)
+        log.info("rollout", extra={"bundle": found[0].fingerprint[:12]})
 
+    async def _agreed(self, found: list[Version]) -> None:
+        """The ingress asks the other stages here."""
 
-class _Stage:
-    """A predictor and a thread for its torch work."""
+    async def has(self, fingerprint: str) -> bool:
+        """Whether this replica holds a bundle."""
+        _ = await asyncio.get_running_loop().run_in_executor(self._loader, lambda: self.versions.current)
+        return self.versions.has(fingerprint)
 
-    def __init__(self, bundle_uri: str, threads: int = 1) -> None:
-        torch.set_num_threads(threads)
-        self.predictor = bundle.load(bundle_uri)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="torch")
-
-    async def _run(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
-
-    def _check(self, stamp: Stamp, state: EncodedState | None = None) -> None:
-        """Raises MixedBundlesError."""
-        if stamp.bundle != self.predictor.fingerprint:
-            raise MixedBundlesError(f"{type(self).__name__} has bundle {self.predictor.fingerprint}, asked for {stamp.bundle}")
+    async def at(self, stamp: Stamp, state: EncodedState | None = None) -> tuple[int, Predictor]:
+        """The predictor for a stamp, and the number of the last change of an item that it knows. Raises MixedBundlesError."""
+        version = self.versions.get(stamp.bundle)
         if state is not None and state.stamp != stamp:
             raise MixedBundlesError(f"{type(self).__name__} was handed a state of {state.stamp} for an answer from {stamp}")
+        if stamp.items > self.items.number:
+            await self.in_store(self.items.refresh)
+        known = version.known()
+        if known[0] == self.items.number:
+            return known
+        return await asyncio.get_running_loop().run_in_executor(self._loader, version.live, self.items)
 
-    async def fingerprint(self) -> str:
-        return self.predictor.fingerprint
+    async def check_health(self) -> None:
+        """Serve calls this; a replica that does not give a real answer in time is replaced."""
+        self.versions.drain()
+        await self.worker.run(self._healthy, self.versions.current.base)
 
-    def check_health(self) -> None:
-        """Serve calls this; a stage without a usable model is replaced."""
-        if not torch.isfinite(self.predictor.item_vec_ND[:1]).all():
-            raise RuntimeError("item vectors are not finite")
+    def _healthy(self, predictor: Predictor) -> None:
+        """Raises RuntimeError."""
+        state_BD = predictor.encode_state(predictor.encode_histories(histories(predictor)[1:2]).batch)
+        found = predictor.retrieve(state_BD, torch.ones(1, dtype=torch.int64), [np.zeros(0, np.int64)], 1)
+        if not torch.isfinite(found.logit_BK[:, 0]).all():
+            raise RuntimeError("scores are not finite")
 
 
 @serve.deployment(name="StateEncoder")
-class StateEncoder(_Stage):
-    """histories → user states. Where events have texts it holds the TextEncoder."""
+class StateEncoder(Stage):
+    """histories → user states. Where events have texts it holds their TextEncoder."""
 
-    def __init__(self, bundle_uri: str, threads: int = 1, cached: int = 4096) -> None:
-        """cached: states that it remembers."""
-        super().__init__(bundle_uri, threads)
-        self.cached, self._states = cached, OrderedDict[tuple[str, str], EncodedState]()
-        if self.predictor.schema.event_texts:
-            _ = self.predictor.event_texts  # an encoder that is not here is said now, and not to the first caller
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._states = OrderedDict[tuple[str, str, str, int], EncodedState]()
 
-    async def encode(self, stamp: Stamp, history: History, user_id: str | None = None) -> EncodedState:
+    def prepare(self, predictor: Predictor, uri: str) -> None:
+        if predictor.schema.event_texts:
+            _ = predictor.event_texts  # an encoder that is not here is said now, and not to the first caller
+
+    async def encode(self, stamp: Stamp, history: History, user_id: str | None = None, until: float | None = None) -> EncodedState:
         """State, seen positions and degradations of one history. user_id: whose it is in this version, to remember the state."""
-        self._check(stamp)
-        key = (user_id or "", stamp.history)
-        known = self._states.get(key) if user_id is not None else None
-        if known is not None:
-            self._states.move_to_end(key)
-            return known
-        state = await self._run(self._encode, stamp, history)
-        if user_id is not None and self.cached:
+        number, predictor = await self.at(stamp)
+        key = (stamp.bundle, user_id or "", stamp.history, number)
+        if user_id is not None:
+            known = self._states.get(key)
+            self.meters.cache(known is not None)
+            if known is not None:
+                self._states.move_to_end(key)
+                return known
+        work = partial(stages.encode, predictor)
+        state: EncodedState = await self.worker.batched((stamp.bundle, number), work, (stamp, history), until)
+        if user_id is not None and self.settings.cached_states:
             self._states[key] = state
-            while len(self._states) > self.cached:
+            while len(self._states) > self.settings.cached_states:
                 self._states.popitem(last=False)
         return state
 
-    def _encode(self, stamp: Stamp, history: History) -> EncodedState:
-        encoded = self.predictor.encode_histories([history])
-        state_BD = self.predictor.encode_state(encoded.batch)
-        return EncodedState(stamp, state_BD, encoded.batch.length_B, encoded.seen, encoded.visible, encoded.degraded[0])
-
 
 @serve.deployment(name="Retrieval")
-class Retrieval(_Stage):
+class Retrieval(Stage):
     """states → candidates. Of a catalogue in parts (`index.shards`) it starts the actors that search them."""
 
-    def __init__(self, bundle_uri: str, threads: int = 1) -> None:
-        super().__init__(bundle_uri, threads)
-        shards = self.predictor.config.index.shards
-        if shards > 1:
-            self.predictor.index = ShardedIndex(bundle_uri, len(self.predictor.item_ids), shards)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._texts: dict[str, torch.Tensor | None] = {}
+
+    def prepare(self, predictor: Predictor, uri: str) -> None:
+        if predictor.config.index.shards > 1:
+            predictor.index = ShardedIndex(uri, len(predictor.item_ids), predictor.config.index.shards)
 
     async def retrieve(
-        self, stamp: Stamp, state: EncodedState, k: int, where: Mapping[str, list[str]] | None = None, only: list[str] | None = None
-    ) -> Candidates:
+        self, stamp: Stamp, state: EncodedState, k: int, where: Mapping[str, list[str]] | None = None,
+        only: list[str] | None = None, until: float | None = None,
+    ) -> Retrieved:  # fmt: skip
         """where: filter by attributes; only: ids of items to choose from."""
-        self._check(stamp, state)
-        return await self._run(self._retrieve, state, k, where, only)
+        number, predictor = await self.at(stamp, state)
+        if where or only is not None:
+            return await self.worker.run(stages.retrieve_some, predictor, number, k, state, where, only, until=until)
+        found: Retrieved = await self.worker.batched(
+            (stamp.bundle, number, k), partial(stages.retrieve, predictor, number, k), state, until
+        )
+        return found
 
-    def _retrieve(self, state: EncodedState, k: int, where: Mapping[str, list[str]] | None, only: list[str] | None) -> Candidates:
-        predictor, allowed_N = self.predictor, None
-        if where:
-            allowed_N = predictor.allowed(where)
-        if only is not None:
-            given_N = np.zeros(len(predictor.item_ids), bool)
-            given_N[predictor.known_items(only)] = True
-            allowed_N = given_N if allowed_N is None else allowed_N & given_N
-        return predictor.retrieve(state.state_BD, state.length_B, state.seen, k, allowed_N)
-
-    async def logits(self, stamp: Stamp, state: EncodedState, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    async def logits(
+        self, stamp: Stamp, state: EncodedState, items: torch.Tensor, until: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Retrieval scores of given items."""
-        self._check(stamp, state)
-        return await self._run(self.predictor.logits_of, state.state_BD, state.length_B, items)
+        _, predictor = await self.at(stamp, state)
+        return await self.worker.run(predictor.logits_of, state.state_BD, state.length_B, items, until=until)
 
-    async def similar(self, stamp: Stamp, item_id: str, k: int) -> list[dict[str, Any]]:
-        self._check(stamp)
-        return await self._run(self.predictor.similar, item_id, k)
+    async def similar(self, stamp: Stamp, item_id: str, k: int, until: float | None = None) -> list[dict[str, Any]]:
+        _, predictor = await self.at(stamp)
+        return await self.worker.run(predictor.similar, item_id, k, until=until)
+
+    async def search(
+        self, stamp: Stamp, query: bytes, k: int, where: Mapping[str, list[str]] | None = None, until: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Items by the vector of a text (float32)."""
+        _, predictor = await self.at(stamp)
+        if stamp.bundle not in self._texts:
+            self._texts = {stamp.bundle: self.versions.get(stamp.bundle).text_vectors()}
+        text_NE, query_E = self._texts[stamp.bundle], torch.from_numpy(np.frombuffer(query, np.float32).copy())
+        if text_NE is None:
+            text_NE = query_E.new_zeros(len(predictor.item_ids), len(query_E))
+        return await self.worker.run(stages.search, predictor, text_NE, query_E, k, where, until=until)
 
 
 @serve.deployment(name="Heads")
-class Heads(_Stage):
+class Heads(Stage):
     """states and candidates → one number per task; states → profiles."""
 
     async def score(
-        self, stamp: Stamp, state: EncodedState, items: torch.Tensor, context: Mapping[str, api.Value]
+        self, stamp: Stamp, state: EncodedState, items: torch.Tensor, context: Mapping[str, Any], until: float | None = None
     ) -> dict[str, torch.Tensor]:
-        self._check(stamp, state)
-        return await self._run(self._score, state.state_BD, items, context)
-
-    def _score(self, state_BD: torch.Tensor, items: torch.Tensor, context: Mapping[str, api.Value]) -> dict[str, torch.Tensor]:
-        return self.predictor.score(state_BD, items, self.predictor.encode_context([context]))
+        number, predictor = await self.at(stamp, state)
+        key, one = (stamp.bundle, number, items.shape[1]), (state.state_BD, items, context)
+        found: dict[str, torch.Tensor] = await self.worker.batched(key, partial(stages.score, predictor), one, until)
+        return found
 
     async def explain(
-        self, stamp: Stamp, history: History, item_ids: list[str], context: Mapping[str, api.Value], weights: Mapping[str, float]
-    ) -> list[list[dict[str, Any]]]:
+        self, stamp: Stamp, history: History, item_ids: list[str], context: Mapping[str, Any], weights: Mapping[str, float],
+        until: float | None = None,
+    ) -> list[list[dict[str, Any]]]:  # fmt: skip
         """Predictor.explain."""
-        self._check(stamp)
-        return await self._run(self.predictor.explain, history, item_ids, context, weights)
+        _, predictor = await self.at(stamp)
+        return await self.worker.run(predictor.explain, history, item_ids, context, weights, until=until)
 
-    async def profile(self, stamp: Stamp, state: EncodedState) -> dict[str, dict[str, float]]:
-        self._check(stamp, state)
-        return (await self._run(self.predictor.profile_of, state.state_BD, state.visible))[0]
-
-
-http = FastAPI(
-    title="mtrec_ray",
-    description="Recommendations, scores, similar items and profiles from one multi-task model. Times are milliseconds UTC.",
-    version="1",
-)
-http.add_middleware(Guarded)
+    async def profile(self, stamp: Stamp, state: EncodedState, until: float | None = None) -> dict[str, dict[str, float]]:
+        number, predictor = await self.at(stamp, state)
+        work = partial(stages.profiles, predictor)
+        found: dict[str, dict[str, float]] = await self.worker.batched((stamp.bundle, number, "profile"), work, state, until)
+        return found
 
 
-@http.exception_handler(UnknownItemError)
-async def _unknown_item(request: Request, error: UnknownItemError) -> JSONResponse:
-    return JSONResponse({"detail": str(error), "item_id": error.item_id}, status_code=404)
+@serve.deployment(name="TextEncoder")
+class TextEncoder(Stage):
+    """Texts → vectors, of items that join and of searches. The language model is loaded when it is first asked for."""
+
+    async def encode(self, bundle: str, texts: list[str], until: float | None = None) -> tuple[list[bytes], str]:
+        """-> (float32 vectors, which TextEncoder made them). Raises EncoderError for a bundle that reads no texts."""
+        version = self.versions.get(bundle)
+
+        def work(asked: list[list[str]]) -> list[list[bytes]]:
+            vectors = iter(version.encode([t for texts in asked for t in texts]))
+            return [[next(vectors).tobytes() for _ in texts] for texts in asked]
+
+        return await self.worker.batched(bundle, work, texts, until), version.encoder_key
 
 
-@http.exception_handler(api.BadRequestError)
-@http.exception_handler(EventError)
-@http.exception_handler(FilterError)
-async def _bad_request(request: Request, error: ValueError) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=422)
+STAGES: tuple[Any, ...] = (StateEncoder, Retrieval, Heads, TextEncoder)
 
 
-@http.exception_handler(StoreError)
-async def _store_down(request: Request, error: StoreError) -> JSONResponse:
-    """An event that cannot be kept is not acknowledged."""
-    detail = "the history store cannot be reached; send the events again (an event_id counts once)"
-    return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
+class _Call:
+    """A stage of this process, asked as a handle is."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.remote = method
 
 
-@http.exception_handler(MixedBundlesError)
-async def _mixed_bundles(request: Request, error: MixedBundlesError) -> JSONResponse:
-    detail = "a rollout is under way: stages have different bundles; try again"
-    return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
+class Here:
+    """A handle of a stage in this process."""
+
+    def __init__(self, stage: Any) -> None:
+        self.stage = stage
+
+    def __getattr__(self, name: str) -> _Call:
+        return _Call(getattr(self.stage, name))
 
 
-_NO_STORE: dict[int | str, dict[str, Any]] = {
-    501: {"description": "The service keeps no events"},
-    503: {"description": "The store cannot be reached; send the events again"},
-}
-_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"description": "An item id that the catalogue lacks"}}
-
-
-@serve.deployment(name="Ingress")
-@serve.ingress(http)
-class Ingress(_Stage):
-    """HTTP: reads the history, calls the stages, hosts `finalise`; keeps events."""
-
-    def __init__(
-        self, bundle_uri: str, data_uri: str, encoder: DeploymentHandle, retrieval: DeploymentHandle, heads: DeploymentHandle,
-        settings: ServingSettings | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(bundle_uri)
-        self.settings = settings or ServingSettings()
-        set_guard(Guard(Tokens(self.settings), self.settings.max_body_bytes))
-        self.prepared = PreparedHistories(data_uri)
-        self.store = open_store(self.settings.store, data_uri, self.predictor)
-        self.rules = EventRules(self.predictor.config, self.predictor.schema)
-        self._store_pool = ThreadPoolExecutor(1, thread_name_prefix="store")
-        names, key = self.predictor.config.data.pseudonyms, self.predictor.schema.pseudonym_key
-        self.pseudonyms = None if names is None else Pseudonyms.load(names, key)
-        self.encoder, self.retrieval, self.heads = encoder, retrieval, heads
-
-    @http.post("/recommend", response_model=api.RecommendAnswer)
-    async def recommend(self, request: api.RecommendRequest) -> dict[str, Any]:
-        """The best k items for a stored user or an inline history."""
-        predictor = self.predictor
-        self._check_context(request.context)
-        predictor.check_weights(request.weights)
-        predictor.check_where(request.where)
-        k = min(request.k, len(predictor.item_ids))
-        asked = await self._history(request)
-        state = self._excluding(await self._encoded(asked), request)
-        filters = (request.where or None, request.candidates)
-        candidates = await self.retrieval.retrieve.remote(state.stamp, state, k, *filters)
-        predictions = await self.heads.score.remote(state.stamp, state, candidates.item_BK, request.context)
-        ranked = await self._run(self._final, candidates, predictions, k, request)
-        answer = predictor.answers(ranked, [state.degraded])[0]
-        if request.explain:
-            ids, popular = [i["item_id"] for i in answer["items"]], bool(candidates.popular_B[0])
-            more = (asked.history, ids, request.context, request.weights)
-            found = [[]] * len(ids) if popular or not ids else await self.heads.explain.remote(state.stamp, *more)
-            for item, reasons in zip(answer["items"], found, strict=True):
-                item["because"] = [r for r in reasons if r["gain"] > 0][:REASONS]
-        return {"user_id": request.user_id, "bundle": state.stamp.bundle, **answer}
-
-    def _final(self, candidates: Candidates, predictions: dict[str, torch.Tensor], k: int, request: api.RecommendRequest) -> Ranked:
-        chosen = bool(request.diversity or request.caps)
-        width = candidates.item_BK.shape[1] if chosen else k
-        ranked = self.predictor.finalise(candidates, predictions, width, request.weights)
-        return self.predictor.diversify(ranked, k, request.diversity, request.caps) if chosen else ranked
-
-    def _excluding(self, state: EncodedState, request: api.RecommendRequest) -> EncodedState:
-        """The same state, and what this request leaves out."""
-        seen = state.seen
-        if request.exclude_seen is not None:
-            seen = state.visible if request.exclude_seen else [items[:0] for items in seen]
-        if request.exclude:
-            seen = [np.union1d(items, self.predictor.known_items(request.exclude)) for items in seen]
-        return state if seen is state.seen else replace(state, seen=seen)
-
-    @http.post("/events", response_model=api.EventsAnswer, responses=_NO_STORE)
-    async def events(self, request: api.EventsRequest) -> dict[str, int]:
-        """Keep what users did: durable before this answers, and in the very next recommendation. One bad event keeps all out."""
-        if self.store is None:
-            raise HTTPException(501, "this service keeps no events (store.kind: none)")
-        now, kept = api.now_ms(), []
-        for place, event in enumerate(request.events):
-            user_id = event.user_id if self.pseudonyms is None else self.pseudonyms.one(event.user_id)
-            where = f"events[{place}]: "
-            kept.append(
-                self.rules.check(where, user_id, event.item_id, event.timestamp, event.event_id, event.actions, event.context, now)
-            )
-        new = await asyncio.get_running_loop().run_in_executor(self._store_pool, self.store.append, kept)
-        return {"accepted": sum(new), "duplicates": len(new) - sum(new)}
-
-    @http.post("/score", response_model=api.ScoreAnswer, responses=_NOT_FOUND)
-    async def score(self, request: api.ScoreRequest) -> dict[str, Any]:
-        """Given items for a user, in the order given."""
-        self._check_context(request.context)
-        items = torch.from_numpy(self.predictor.items(request.item_ids))[None]
-        state = await self._state(request)
-        (logits, popular), predictions = await asyncio.gather(
-            self.retrieval.logits.remote(state.stamp, state, items),
-            self.heads.score.remote(state.stamp, state, items, request.context),
-        )
-        answer = await self._run(self.predictor.scored_answer, items, logits, popular, predictions, state.degraded)
-        return {"user_id": request.user_id, "bundle": state.stamp.bundle, **answer}
-
-    @http.post("/similar", response_model=api.SimilarAnswer, responses=_NOT_FOUND)
-    async def similar(self, request: api.SimilarRequest) -> dict[str, Any]:
-        """Items most like an item."""
-        self.predictor.items([request.item_id])
-        me, k = self.predictor.fingerprint, min(request.k, len(self.predictor.item_ids))
-        items = await self.retrieval.similar.remote(Stamp(me), request.item_id, k)
-        return {"item_id": request.item_id, "bundle": me, "items": items, "degraded": []}
-
-    @http.post("/profile", response_model=api.ProfileAnswer)
-    async def profile(self, request: api.ProfileRequest) -> dict[str, Any]:
-        """What the history says about a user: a probability per value of every attribute."""
-        state = await self._state(request)
-        profile = await self.heads.profile.remote(state.stamp, state)
-        return {"user_id": request.user_id, "bundle": state.stamp.bundle, "profile": profile, "degraded": state.degraded}
-
-    @http.get("/healthz", response_model=api.Health)
-    async def healthz(self) -> dict[str, str]:
-        """200 when every stage answers with the same bundle, else 503."""
-        me = self.predictor.fingerprint
-        stages = (self.encoder, self.retrieval, self.heads)
-        found = await asyncio.gather(*[s.fingerprint.remote() for s in stages])
-        if any(f != me for f in found):
-            raise HTTPException(503, f"stages have different bundles: {sorted({me, *found})}")
-        return {"status": "ok", "bundle": me}
-
-    async def _state(self, request: Any) -> EncodedState:
-        return await self._encoded(await self._history(request))
-
-    async def _history(self, request: Any) -> Asked:
-        """What is known of who asks, at the moment that is asked for."""
-        marks: list[str] = []
-        known_as: str | None = None
-        if request.history is not None:
-            history, version = api.inline_history(request.history, self.predictor.schema), "inline"
-        else:
-            known_as = request.user_id if self.pseudonyms is None else self.pseudonyms.one(request.user_id)
-            try:
-                history, version = await asyncio.get_running_loop().run_in_executor(self._store_pool, self._stored, known_as)
-            except StoreError:  # rung 1: the answer of somebody whom nobody knows
-                history, version, known_as, marks = History(), "none", None, [STORE_DOWN]
-        at = request.at if request.at is not None else api.now_ms() + SKEW_MS
-        # what a moment of its own cuts is not remembered
-        return Asked(
-            Stamp(self.predictor.fingerprint, version), history.before(at), known_as if request.at is None else None, marks
-        )
-
-    async def _encoded(self, asked: Asked) -> EncodedState:
-        state = await self.encoder.encode.remote(asked.stamp, asked.history, asked.user_id)
-        return replace(state, degraded=[*asked.marks, *state.degraded]) if asked.marks else state  # type: ignore[no-any-return]
-
-    def _stored(self, known_as: str) -> tuple[History, str]:
-        """What is known of a user, and its version."""
-        if self.store is None:
-            return self.prepared.get(known_as) or History(), self.prepared.version
-        found = self.store.get(known_as)
-        return (
-            (History(), f"{self.prepared.version}:0")
-            if found is None
-            else (found.history, f"{self.prepared.version}:{found.version}")
-        )
-
-    def _check_context(self, context: Mapping[str, api.Value]) -> None:
-        api.check_context(context, {c.name: c for c in self.predictor.schema.request_features})
+def here(bundle_uri: str, data_uri: str | None, settings: ServingSettings, versions: Versions) -> list[Here]:
+    """All stages in this process, with the same bundles: the fused variant."""
+    return [Here(d.func_or_class(bundle_uri, data_uri, settings, versions)) for d in STAGES]
 
 
 def build_graph(
@@ -394,12 +288,15 @@ def build_graph(
     data_uri: str,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     settings: ServingSettings | None = None,
+    fused: bool = False,
 ) -> serve.Application:
-    """The four deployments, bound to one bundle and one store.
+    """The deployments, bound to one bundle and one store; fused: the ingress alone, with all stages in it.
 
     options: deployment name -> Serve options (`autoscaling_config`, `ray_actor_options`, ...).
     Raises NoRetrievalError, StorageError, ValueError for a store that cannot be here.
     """
+    from mtrec_ray.serving.ingress import Ingress
+
     settings = settings or ServingSettings()
     if settings.store.kind == "sqlite":
         store_path(settings.store, data_uri)
@@ -411,7 +308,8 @@ def build_graph(
     root, data, chosen = storage.absolute(bundle_uri), storage.absolute(data_uri), options or {}
 
     def bind(deployment: Any, *args: Any) -> Any:
-        return deployment.options(**chosen.get(deployment.name, {})).bind(*args)
+        mine: dict[str, Any] = {"user_config": {}, **chosen.get(deployment.name, {})}
+        return deployment.options(**mine).bind(root, data, *args)
 
-    stages = [bind(StateEncoder, root, 1, settings.cached_states), bind(Retrieval, root), bind(Heads, root)]
-    return bind(Ingress, root, data, *stages, settings)  # type: ignore[no-any-return]
+    stages_ = [None] * len(STAGES) if fused else [bind(stage, settings) for stage in STAGES]
+    return bind(Ingress, *stages_, settings)  # type: ignore[no-any-return]

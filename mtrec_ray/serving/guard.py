@@ -1,4 +1,4 @@
-"""Who may call, and how long a body may be: an ASGI layer in front of the endpoints. It knows no Ray.
+"""Who may call, how long a body may be, and until when an answer is wanted: an ASGI layer in front of the endpoints. No Ray.
 
 The ingress says at its start what holds in its process (`set_guard`); before that nobody gets through.
 """
@@ -6,21 +6,52 @@ The ingress says at its start what holds in its process (`set_guard`); before th
 from __future__ import annotations
 
 import json
+import time
+import uuid
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from mtrec_ray.serving.settings import Role, Tokens, allows
 
-NEEDED: dict[str, Role] = {"/events": "events"}
-"""Path -> role, where reading does not suffice."""
-FREE = ("/healthz",)
-"""What load balancers ask without a token."""
+FREE = ("/healthz", "/")
+"""What load balancers and browsers ask without a token; the page itself holds nothing."""
+_ITEMS = "/items/"
+MAX_DEADLINE_MS = 600_000
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Of the request that is being answered; as the caller sent it (X-Request-ID), or made here."""
+until: ContextVar[float | None] = ContextVar("until", default=None)
+"""When its answer is wanted at the latest (seconds of time.time()); from X-Deadline-Ms."""
+
+
+def needed(method: str, path: str) -> Role:
+    """The role that a call takes."""
+    if path == "/events":
+        return "events"
+    return "admin" if path.startswith(_ITEMS) and method not in ("GET", "HEAD") else "read"
+
+
+def endpoint_of(path: str) -> str:
+    """What metrics call a path: one of the service's own, without ids."""
+    if path.startswith(_ITEMS):
+        return _ITEMS + "{id}"
+    return path if path in ENDPOINTS else "other"
+
+
+ENDPOINTS = frozenset(
+    ["/", "/recommend", "/recommend/many", "/score", "/similar", "/profile", "/history", "/search", "/events", "/healthz",
+     "/versions", "/stats"]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Guard:
     tokens: Tokens
     max_body_bytes: int
+    told: Callable[[str, int, float], None] | None = None
+    """Is told of every request: endpoint, status, milliseconds."""
 
 
 _current: Guard | None = None
@@ -45,14 +76,36 @@ class Guarded:
         if guard is None:
             await _answer(send, 503, "starting", {"retry-after": "1"})
             return
+        started, status = time.perf_counter(), 0
+
+        async def sent(message: dict[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._guarded(guard, headers, scope, receive, sent)
+        finally:
+            if guard.told is not None:  # 0: the caller went away before there was an answer
+                guard.told(endpoint_of(scope["path"]), status, 1e3 * (time.perf_counter() - started))
+
+    async def _guarded(self, guard: Guard, headers: dict[bytes, bytes], scope: dict[str, Any], receive: Any, send: Any) -> None:
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id.set(given if 0 < len(given) <= 128 and given.isprintable() else uuid.uuid4().hex)
+        wanted = headers.get(b"x-deadline-ms", b"").decode("latin-1")
+        if wanted and not (wanted.isascii() and wanted.isdigit() and 0 < int(wanted[:9]) <= MAX_DEADLINE_MS):
+            await _answer(send, 422, f"x-deadline-ms: expected milliseconds from 1 to {MAX_DEADLINE_MS}", {})
+            return
+        until.set(time.time() + int(wanted) / 1e3 if wanted else None)
         if scope["path"] not in FREE:
-            needed = NEEDED.get(scope["path"], "read")
+            asks = needed(scope["method"], scope["path"])
             role = guard.tokens.role_of(headers.get(b"authorization", b"").decode("latin-1"))
             if role is None:
                 await _answer(send, 401, "a bearer token is needed", {"www-authenticate": "Bearer"})
                 return
-            if not allows(role, needed):
-                await _answer(send, 403, f"this needs the role {needed}; the token has {role}", {})
+            if not allows(role, asks):
+                await _answer(send, 403, f"this needs the role {asks}; the token has {role}", {})
                 return
         body = await _body(receive, headers.get(b"content-length", b""), guard.max_body_bytes)
         if body is None:

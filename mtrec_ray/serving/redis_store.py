@@ -5,6 +5,8 @@
     PREFIX:seen:USER     hash: item -> first time
     PREFIX:ids:USER      set of event ids
     PREFIX:log           stream of accepted events
+    PREFIX:shown         stream of lists that were shown
+    PREFIX:items         hash: item -> its last state (JSON); PREFIX:items:order, sorted set: item by the number of its last change
 
 One script keeps an event: all of it or nothing. Acknowledged means durable, so the server must have `appendonly yes` and
 `appendfsync always`, which is checked at the start. In a Redis Cluster the prefix must hold a hash tag ({mtrec}).
@@ -12,13 +14,17 @@ One script keeps an event: all of it or nothing. Acknowledged means durable, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import base64
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 
 from mtrec_ray.predictor import History
+from mtrec_ray.serving.impressions import ShownList
+from mtrec_ray.serving.items import FIELDS, StoredItem
 from mtrec_ray.serving.sqlite_store import logged
 from mtrec_ray.serving.store import Joining, Stored, StoredEvent, StoreError, events_of, history_of, users_of
 
@@ -170,9 +176,10 @@ class RedisStore(Joining):
     def forget(self, user_ids: Sequence[str]) -> int:
         removed, wanted = 0, set(user_ids)
         with self._errors():
-            for number, fields in self._client.xrange(f"{self.prefix}:log"):
-                if fields["u"] in wanted:
-                    removed += int(self._client.xdel(f"{self.prefix}:log", number))
+            for stream in (f"{self.prefix}:log", f"{self.prefix}:shown"):
+                for number, fields in self._client.xrange(stream):
+                    if fields["u"] in wanted:
+                        removed += int(self._client.xdel(stream, number))
             for user_id in wanted:
                 version, events, seen, ids, _ = self._keys(user_id)
                 removed += int(self._client.zcard(events)) + int(self._client.hlen(seen))
@@ -182,14 +189,68 @@ class RedisStore(Joining):
 
     def log(self, after: int, limit: int) -> list[tuple[int, StoredEvent]]:
         """Numbers are those of the stream, milliseconds · 2^20 + place."""
-        start = "-" if after <= 0 else f"({after >> 20}-{after & 0xFFFFF}"
         with self._errors():
-            found = self._client.xrange(f"{self.prefix}:log", start, count=limit)
-        out = []
-        for name, f in found:
-            ms, _, place = name.partition("-")
-            out.append(((int(ms) << 20) + int(place), logged(f["u"], f["i"], f["t"], f["e"] or None, f["b"], f["s"])))
-        return out
+            found = self._client.xrange(f"{self.prefix}:log", _after(after), count=limit)
+        return [(_number(name), logged(f["u"], f["i"], f["t"], f["e"] or None, f["b"], f["s"])) for name, f in found]
+
+    def keep_impressions(self, lists: Sequence[ShownList]) -> None:
+        with self._errors():
+            pipe = self._client.pipeline(transaction=False)
+            for shown in lists:
+                pipe.xadd(f"{self.prefix}:shown", {"u": shown.user_id, "b": shown.body()})
+            pipe.execute()
+
+    def impressions(self, after: int, limit: int) -> list[tuple[int, ShownList]]:
+        with self._errors():
+            found = self._client.xrange(f"{self.prefix}:shown", _after(after), count=limit)
+        return [(_number(name), ShownList.of(f["u"], f["b"])) for name, f in found]
+
+    def change_item(self, item_id: str, fields: Mapping[str, Any]) -> StoredItem:
+        states, order = f"{self.prefix}:items", f"{self.prefix}:items:order"
+        out: list[StoredItem] = []
+        with self._errors():
+
+            def change(pipe: Any) -> None:  # begun anew when somebody else's change comes between
+                known = pipe.hget(states, item_id)
+                last = pipe.zrevrange(order, 0, 0, withscores=True)
+                places = int(pipe.get(f"{order}:places") or 0)
+                before = StoredItem(item_id) if known is None else _item(item_id, known)
+                out[:] = [before.changed(int(last[0][1]) + 1 if last else 1, places, fields)]
+                pipe.multi()
+                pipe.hset(states, item_id, _state(out[0])).zadd(order, {item_id: out[0].number})
+                if out[0].place == places:
+                    pipe.set(f"{order}:places", places + 1)
+
+            self._client.transaction(change, states, order, f"{order}:places")
+        return out[0]
+
+    def items_since(self, number: int) -> list[StoredItem]:
+        states, order = f"{self.prefix}:items", f"{self.prefix}:items:order"
+        with self._errors():
+            names = self._client.zrangebyscore(order, f"({number}", "+inf")
+            found = self._client.hmget(states, names) if names else []
+        items = [_item(name, state) for name, state in zip(names, found, strict=True) if state is not None]
+        return sorted(items, key=lambda i: i.number)
 
     def close(self) -> None:
         self._client.close()
+
+
+def _after(number: int) -> str:
+    """Where a stream goes on behind a number."""
+    return "-" if number <= 0 else f"({number >> 20}-{number & 0xFFFFF}"
+
+
+def _number(name: str) -> int:
+    ms, _, place = name.partition("-")
+    return (int(ms) << 20) + int(place)
+
+
+def _state(item: StoredItem) -> str:
+    vector = base64.b64encode(item.vector).decode()
+    return json.dumps({**{f: getattr(item, f) for f in FIELDS}, "vector": vector, "number": item.number, "place": item.place})
+
+
+def _item(item_id: str, state: str) -> StoredItem:
+    fields = json.loads(state)
+    return StoredItem(item_id, **{**fields, "vector": base64.b64decode(fields["vector"])})

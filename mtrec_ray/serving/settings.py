@@ -45,6 +45,14 @@ class StoreSettings(_Settings):
         return self
 
 
+class Exploration(_Settings):
+    """Lists in a drawn order, so that a log can be learnt from without bias (serving/impressions.py)."""
+
+    temperature: float = Field(default=0.0, ge=0, le=1e6)
+    """In units of the final score: 0 never changes an order; the larger, the nearer to any order."""
+    seed: int = 0
+
+
 class ServingSettings(_Settings):
     """What every replica is told."""
 
@@ -54,6 +62,17 @@ class ServingSettings(_Settings):
     admin (everything). None: no tokens, for a service on loopback."""
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     """A longer body is answered with 413."""
+    threads: int = Field(default=1, ge=1)
+    """Of torch in every replica."""
+    max_batch: int = Field(default=32, ge=1, le=1024)
+    """Requests that a replica's torch thread does together, at most; it never waits for more to come."""
+    max_together: int = Field(default=100, ge=1, le=1000)
+    """Requests in one call of `/recommend/many`."""
+    deadline_ms: int = Field(default=5_000, ge=1)
+    """For an answer whose caller names no other (X-Deadline-Ms)."""
+    impressions: float = Field(default=0.0, ge=0, le=1)
+    """Share of the users, by the hash of their id, whose lists are kept as they were shown."""
+    exploration: Exploration = Exploration()
     cached_states: int = Field(default=4096, ge=0)
     """User states that a replica of StateEncoder remembers, by (user, version of the history)."""
 

@@ -9,7 +9,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import pyarrow as pa
 
 from mtrec_ray.predictor import History
+from mtrec_ray.serving.impressions import ShownList
+from mtrec_ray.serving.items import StoredItem
 from mtrec_ray.serving.store import Joining, Stored, StoredEvent, StoreError, events_of, history_of, users_of
 
 WAIT_SECONDS = 5.0
@@ -32,6 +34,11 @@ CREATE TABLE IF NOT EXISTS seen (
 CREATE TABLE IF NOT EXISTS log (
     number INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, event_id TEXT, item_id TEXT NOT NULL,
     timestamp INTEGER NOT NULL, shown INTEGER NOT NULL, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS shown (number INTEGER PRIMARY KEY AUTOINCREMENT, user_id TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS items (
+    item_id TEXT PRIMARY KEY, number INTEGER NOT NULL, place INTEGER, columns TEXT, vector BLOB NOT NULL, encoder TEXT NOT NULL,
+    available INTEGER NOT NULL, blocked INTEGER NOT NULL, deleted INTEGER NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS item_numbers ON items (number);
 CREATE UNIQUE INDEX IF NOT EXISTS log_ids ON log (user_id, event_id) WHERE event_id IS NOT NULL;
 """
 
@@ -189,6 +196,7 @@ class SqliteStore(Joining):
         with self._writing() as db:
             for user_id in user_ids:
                 removed += db.execute("DELETE FROM events WHERE user_id = ?", (user_id,)).rowcount
+                removed += db.execute("DELETE FROM shown WHERE user_id = ?", (user_id,)).rowcount
                 removed += db.execute("DELETE FROM log WHERE user_id = ?", (user_id,)).rowcount
                 removed += db.execute("DELETE FROM seen WHERE user_id = ?", (user_id,)).rowcount
                 removed += db.execute("DELETE FROM users WHERE user_id = ?", (user_id,)).rowcount
@@ -205,10 +213,43 @@ class SqliteStore(Joining):
             found = self._db.execute(wanted, (after, limit)).fetchall()
         return [(int(row[0]), logged(*row[1:])) for row in found]
 
+    def keep_impressions(self, lists: Sequence[ShownList]) -> None:
+        with self._writing() as db:
+            db.executemany("INSERT INTO shown (user_id, body) VALUES (?, ?)", [(s.user_id, s.body()) for s in lists])
+
+    def impressions(self, after: int, limit: int) -> list[tuple[int, ShownList]]:
+        with self._errors():
+            found = self._db.execute(
+                "SELECT number, user_id, body FROM shown WHERE number > ? ORDER BY number LIMIT ?", (after, limit)
+            ).fetchall()
+        return [(int(number), ShownList.of(user_id, body)) for number, user_id, body in found]
+
+    def change_item(self, item_id: str, fields: Mapping[str, Any]) -> StoredItem:
+        with self._writing() as db:
+            row = db.execute("SELECT * FROM items WHERE item_id = ?", (item_id,)).fetchone()
+            number, place = db.execute("SELECT coalesce(max(number), 0) + 1, coalesce(max(place), -1) + 1 FROM items").fetchone()
+            item = (StoredItem(item_id) if row is None else _item(row)).changed(number, place, fields)
+            columns = None if item.columns is None else json.dumps(dict(item.columns))
+            flags = (int(item.available), int(item.blocked), int(item.deleted))
+            values = (item_id, item.number, item.place, columns, item.vector, item.encoder, *flags)
+            db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        return item
+
+    def items_since(self, number: int) -> list[StoredItem]:
+        with self._errors():
+            found = self._db.execute("SELECT * FROM items WHERE number > ? ORDER BY number", (number,)).fetchall()
+        return [_item(row) for row in found]
+
     def close(self) -> None:
         if hasattr(self._own, "db"):
             self._own.db.close()
             del self._own.db
+
+
+def _item(row: Sequence[Any]) -> StoredItem:
+    item_id, number, place, columns, vector, encoder, *flags = row
+    known = None if columns is None else json.loads(columns)
+    return StoredItem(item_id, number, place, known, vector, encoder, *(bool(f) for f in flags))
 
 
 def logged(user_id: str, item_id: str, timestamp: int, event_id: str | None, body: str, shown: Any) -> StoredEvent:

@@ -21,6 +21,8 @@ from mtrec_ray.expressions import Expression
 from mtrec_ray.features import FeatureError
 from mtrec_ray.predictor import History
 from mtrec_ray.schema import LogSchema
+from mtrec_ray.serving.impressions import ImpressionStore
+from mtrec_ray.serving.items import ItemStore
 
 SKEW_MS = 60_000
 """How far ahead of this machine's clock an event may be."""
@@ -90,8 +92,9 @@ class Joining:
         raise NotImplementedError
 
 
-class HistoryStore(Protocol):
-    """Where live histories are. Raises StoreError where it cannot be reached."""
+class HistoryStore(ItemStore, ImpressionStore, Protocol):
+    """Where live histories are, and beside them changed items and lists that were shown. Raises StoreError where it cannot be
+    reached."""
 
     def get(self, user_id: str) -> Stored | None:
         """None for a user that neither it nor the prepared data know."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from mtrec_ray.predictor import Predictor
 from mtrec_ray.retrieval.ivf import IvfIndex, build_ivf
 from mtrec_ray.scoring.batch import score
 from mtrec_ray.serving.api import RecommendRequest
-from mtrec_ray.serving.deployments import Heads, Ingress, Retrieval, StateEncoder
+from mtrec_ray.serving.deployments import Heads, Here, Retrieval, StateEncoder
 from mtrec_ray.serving.history import PreparedHistories
+from mtrec_ray.serving.ingress import Ingress
 from mtrec_ray.training.worker import load_schema
 from tests import tiny
 from tests.contract.test_same_answers import assert_same
@@ -67,16 +67,6 @@ def run(request: pytest.FixtureRequest, trained: tuple[Path, RunConfig, Predicto
     storage.write_json(storage.join(prefix, "metrics.json"), {})
     directory.publish("1" * 64, kind="bundle", fingerprint=fingerprint, data=data.manifest["inputs"])
     return mine, config, bundle.load(directory.root)
-
-
-class Here:
-    """A handle of a stage in this process."""
-
-    def __init__(self, stage: Any) -> None:
-        self.stage = stage
-
-    def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=getattr(self.stage, name))
 
 
 @pytest.fixture

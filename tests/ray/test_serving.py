@@ -87,12 +87,13 @@ def test_serving_a_run_that_is_not_there_is_one_message(tmp_path: Path) -> None:
     assert done.returncode == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_serve_deploy_with_the_yaml_gives_four_autoscaling_deployments(
+def test_serve_deploy_with_the_yaml_gives_five_autoscaling_deployments(
     ray_cluster: Any, no_serve: None, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     settings = yaml.safe_load(YAML.read_text())
     application = settings["applications"][0]
-    assert all("autoscaling_config" in d for d in application["deployments"])
+    wanted = {"autoscaling_config", "max_queued_requests", "user_config"}
+    assert all(wanted <= set(d) for d in application["deployments"])
     application["args"]["run"] = str(tiny_run.folder)
     for deployment in application["deployments"]:
         deployment["ray_actor_options"]["num_cpus"] = 0.1  # the suite's cluster is small
@@ -110,18 +111,19 @@ def test_serve_deploy_with_the_yaml_gives_four_autoscaling_deployments(
     status = subprocess.run([serve_command, "status", *address], capture_output=True, text=True, check=False, timeout=60)
     found = yaml.safe_load(status.stdout)["applications"][application["name"]]
     assert found["status"] == "RUNNING"
-    assert set(found["deployments"]) == {"Ingress", "StateEncoder", "Retrieval", "Heads"}
+    assert set(found["deployments"]) == {"Ingress", "StateEncoder", "Retrieval", "Heads", "TextEncoder"}
     assert all(d["status"] == "HEALTHY" for d in found["deployments"].values())
 
 
 def test_stages_of_different_bundles_refuse_and_are_not_healthy(ray_cluster: Any, no_serve: None, tiny_run: TinyRun) -> None:
     from ray import serve
 
-    from mtrec_ray.serving.deployments import Heads, Ingress, Retrieval, StateEncoder
+    from mtrec_ray.serving.deployments import Heads, Retrieval, StateEncoder
+    from mtrec_ray.serving.ingress import Ingress
 
     other = tiny.make_config(tiny_run.folder, lambda raw: raw.update(seed=1))
     model = tiny.train_locally(other, tiny_run.data)
-    fingerprint = tiny.write_bundle(other, tiny_run.data, model, tiny_run.folder / "other").fingerprint
+    tiny.write_bundle(other, tiny_run.data, model, tiny_run.folder / "other")
     root = tiny_run.bundle_root
     small = {"ray_actor_options": {"num_cpus": 0.1}}
     stages = [d.options(**small).bind(root) for d in (StateEncoder, Retrieval)]
@@ -131,7 +133,7 @@ def test_stages_of_different_bundles_refuse_and_are_not_healthy(ray_cluster: Any
     serve.run(Ingress.options(**small).bind(root, str(tiny_run.folder / "data"), *stages), name="mixed", route_prefix="/")
     url = f"http://127.0.0.1:{port}"
     health = httpx.get(f"{url}/healthz", timeout=30)
-    assert health.status_code == 503 and fingerprint in health.text and tiny_run.predictor.fingerprint in health.text
+    assert health.status_code == 503 and f"['Heads'] lack {tiny_run.predictor.fingerprint}" in health.text
     refused = httpx.post(f"{url}/recommend", json=BODY, timeout=30)
     assert refused.status_code == 503 and "different bundles" in refused.text and refused.headers["retry-after"] == "1"
     # what the other stages alone can answer is answered

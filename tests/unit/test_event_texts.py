@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,9 @@ from mtrec_ray.features import MAX_TEXT, FeatureError, TextSpec, hash_texts
 from mtrec_ray.models.features import FeatureEmbedding
 from mtrec_ray.predictor import History, Predictor
 from mtrec_ray.serving import api
-from mtrec_ray.serving.deployments import Stamp, StateEncoder
+from mtrec_ray.serving.deployments import StateEncoder
 from mtrec_ray.serving.history import PreparedHistories
+from mtrec_ray.serving.stages import Stamp
 from mtrec_ray.training.feed import WindowCache
 from tests import tiny
 from tests.conftest import TinyRun
@@ -158,7 +160,7 @@ def test_another_text_is_another_state_and_its_weights_were_trained(run: TinyRun
 def test_the_state_encoder_reads_texts_that_the_log_never_had(run: TinyRun) -> None:
     stage = StateEncoder.func_or_class(str(run.folder / "bundle"))
     history = History(["i1", "i2"], [0, 1000], {"click": [1, 1]}, {"review": ["odd odd 7", None]})
-    found = stage._encode(Stamp(run.predictor.fingerprint), history)
+    found = asyncio.run(stage.encode(Stamp(run.predictor.fingerprint), history))
     torch.testing.assert_close(found.state_BD[0], state(run.predictor, history))
 
 
@@ -260,7 +262,7 @@ def test_another_encoder_in_the_place_of_the_bundles_is_refused(run: TinyRun, tm
         with pytest.raises(EncoderError, match="not those that the bundle was trained with"):
             _ = predictor.event_texts
         with pytest.raises(EncoderError, match="not those that the bundle was trained with"):  # said when a replica starts
-            StateEncoder.func_or_class(str(run.folder / "bundle"))
+            asyncio.run(StateEncoder.func_or_class(str(run.folder / "bundle")).reconfigure({}))
     finally:
         shutil.rmtree(kept)
         shutil.copytree(moved, kept)

@@ -1,0 +1,237 @@
+"""What the service adds to the predictor: `python -m benchmarks.serve_latency --run runs/demo`.
+
+`POST /recommend`, k = 10, stored histories, users at random, from wrk in a process of its own (Debian's package), for 1, 8 and 32
+clients. Variants: the graph (five deployments) and the fused service (one), each as Serve starts by default and in throughput mode
+(RAY_SERVE_ENABLE_HA_PROXY=1, RAY_SERVE_THROUGHPUT_OPTIMIZED=1), one replica of everything; beside them a bare FastAPI + uvicorn
+process around the same predictor, and the predictor called in process. User states are not remembered (cached_states: 0), except
+in the last variant, and in the measurement of what a repeated request costs: CPU seconds of all processes of the service per
+request, the same user again and again, against the same without remembering.
+
+Value: milliseconds that the graph in throughput mode adds at one client to the predictor's own p50.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from benchmarks.report import finish
+
+CLIENTS, SECONDS, WARM = (1, 8, 32), 8, 2
+THROUGHPUT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+ADDED, ADDED_THROUGHPUT, OF_BARE, REPEATED = 12.0, 5.0, 0.8, 0.5
+LUA = """
+local users = {%s}
+local n = 0
+wrk.method, wrk.headers["content-type"] = "POST", "application/json"
+function init(args) math.randomseed(7) end
+request = function()
+  return wrk.format(nil, "/recommend", nil, '{"user_id":"' .. users[math.random(#users)] .. '","k":10}')
+end
+"""
+BARE = '''
+import sys
+import torch
+from fastapi import FastAPI
+from mtrec_ray import bundle
+from mtrec_ray.predictor import History
+from mtrec_ray.serving import api
+from mtrec_ray.serving.history import PreparedHistories
+
+torch.set_num_threads(1)
+predictor, store = bundle.load(sys.argv[1] + "/bundle"), PreparedHistories(sys.argv[1] + "/data")
+app = FastAPI()
+
+@app.post("/recommend", response_model=api.RecommendAnswer)
+async def recommend(request: api.RecommendRequest):
+    history = store.get(request.user_id) or History()
+    answer = predictor.recommend([history], request.k)[0]
+    return {"user_id": request.user_id, "bundle": predictor.fingerprint, **answer}
+
+import uvicorn
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
+'''
+SERVE = """
+import json, sys, time
+import ray
+from ray import serve
+from serve_apps.recommend import Args, build
+ray.init(num_cpus=8, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+run, port, fused, cached = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "fused", int(sys.argv[4])
+names = ("Ingress", "StateEncoder", "Retrieval", "Heads", "TextEncoder")
+options = {n: {"num_replicas": 1, "max_ongoing_requests": 64, "ray_actor_options": {"num_cpus": 0.1}} for n in names}
+serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+serving = {"store": {"kind": "sqlite", "path": sys.argv[5]}, "cached_states": cached}
+serve.run(build(Args(run=run, options=options, serving=serving, fused=fused)), name="bench", route_prefix="/",
+          logging_config={"enable_access_log": False})
+print("ready", flush=True)
+time.sleep(100_000)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(command: list[str], port: int, environment: dict[str, str]) -> Iterator[psutil.Process]:
+    """A service of its own, until it answers; all that it started ends with it."""
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"} | environment
+    with tempfile.TemporaryFile() as noise:
+        process = subprocess.Popen(command, env=settings, stdout=noise, stderr=noise)
+        try:
+            deadline = time.monotonic() + 180
+            while True:
+                try:
+                    if httpx.post(f"http://127.0.0.1:{port}/recommend", json={"user_id": "1"}, timeout=10).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                if process.poll() is not None or time.monotonic() > deadline:
+                    noise.seek(0)
+                    raise RuntimeError(f"the service did not start:\n{noise.read().decode()[-3000:]}")
+                time.sleep(0.3)
+            yield psutil.Process(process.pid)
+        finally:
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for one in tree:
+                try:
+                    one.kill()
+                except psutil.NoSuchProcess:
+                    pass
+            psutil.wait_procs(tree, timeout=20)
+
+
+def cpu_seconds(service: psutil.Process) -> float:
+    total = 0.0
+    for process in [service, *service.children(recursive=True)]:
+        try:
+            spent = process.cpu_times()
+            total += spent.user + spent.system
+        except psutil.NoSuchProcess:
+            pass
+    return total
+
+
+def load(port: int, clients: int, seconds: float, script: Path) -> dict[str, float]:
+    """wrk for some seconds -> requests per second, p50 and p99 in ms. Raises RuntimeError for an answer other than 200."""
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "--latency", "-s", str(script), f"http://127.0.0.1:{port}"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in text or "Socket errors" in text:
+        raise RuntimeError(text)
+
+    def ms(name: str) -> float:
+        value, unit = re.search(rf"{name}%\s+([\d.]+)(us|ms|s)", text).groups()  # type: ignore[union-attr]
+        return float(value) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[unit]
+
+    rate = float(re.search(r"Requests/sec:\s+([\d.]+)", text).group(1))  # type: ignore[union-attr]
+    return {"requests_per_second": rate, "p50_ms": ms("50"), "p99_ms": ms("99")}
+
+
+def measured(port: int, script: Path, seconds: float) -> dict[str, dict[str, float]]:
+    load(port, 8, WARM, script)
+    return {str(c): load(port, c, seconds, script) for c in CLIENTS}
+
+
+def in_process(run: str, users: list[str]) -> float:
+    """p50 of the predictor alone, milliseconds."""
+    import torch
+
+    from mtrec_ray import bundle
+    from mtrec_ray.predictor import History
+    from mtrec_ray.serving.history import PreparedHistories
+
+    torch.set_num_threads(1)
+    predictor, store = bundle.load(f"{run}/bundle"), PreparedHistories(f"{run}/data")
+    took = []
+    for user in (users * 2)[:600]:
+        began = time.perf_counter()
+        predictor.recommend([store.get(user) or History()], 10)
+        took.append(1e3 * (time.perf_counter() - began))
+    return float(np.median(took[100:]))
+
+
+def repeated(port: int, service: psutil.Process, script: Path, seconds: float) -> float:
+    """CPU milliseconds of the whole service for a request of one user, over and over."""
+    load(port, 1, WARM, script)
+    before = cpu_seconds(service)
+    found = load(port, 1, seconds, script)
+    return 1e3 * (cpu_seconds(service) - before) / (found["requests_per_second"] * seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What the service adds to the predictor.")
+    parser.add_argument("--run", default="runs/demo", help="a run of ML-100K, such as make demo leaves")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    args = parser.parse_args()
+    if shutil.which("wrk") is None:
+        print("error: wrk is not here; apt-get install wrk", file=sys.stderr)
+        return 2
+    from mtrec_ray import storage
+    from mtrec_ray.serving.history import PreparedHistories
+
+    run = storage.absolute(args.run)
+    users = list(PreparedHistories(f"{run}/data").user_ids())
+    folder = Path(tempfile.mkdtemp())
+    scripts = {"all": users, "one": users[:1]}
+    for name, chosen in scripts.items():
+        (folder / name).write_text(LUA % ",".join(json.dumps(u) for u in chosen), encoding="utf-8")
+
+    def serve(kind: str, port: int, cached: int) -> list[str]:
+        return [sys.executable, "-c", SERVE, run, str(port), kind, str(cached), str(folder / f"{kind}{port}.sqlite")]
+
+    def variant(command: Callable[[int], list[str]], environment: dict[str, str]) -> dict[str, dict[str, float]]:
+        port = free_port()
+        with started(command(port), port, environment):
+            found = measured(port, folder / "all", args.seconds)
+        print(json.dumps(found), file=sys.stderr, flush=True)
+        return found
+
+    rounds: dict[str, Any] = {"predictor_p50_ms": in_process(run, users)}
+    rounds["bare"] = variant(lambda port: [sys.executable, "-c", BARE, run, str(port)], {})
+    for mode, environment in (("default", {}), ("throughput", THROUGHPUT)):
+        for kind in ("graph", "fused"):
+            rounds[f"{kind}_{mode}"] = variant(lambda port, k=kind: serve(k, port, 0), environment)  # type: ignore[misc]
+    rounds["fused_throughput_cached"] = variant(lambda port: serve("fused", port, 4096), THROUGHPUT)
+    rounds["bare_again"] = variant(lambda port: [sys.executable, "-c", BARE, run, str(port)], {})
+    rounds["predictor_p50_ms_again"] = in_process(run, users)
+    cost = {}
+    for cached in (0, 4096):
+        port = free_port()
+        with started(serve("fused", port, cached), port, THROUGHPUT) as service:
+            cost[cached] = repeated(port, service, folder / "one", args.seconds)
+    shutil.rmtree(folder)
+    base = min(rounds["predictor_p50_ms"], rounds["predictor_p50_ms_again"])
+    added = {n: rounds[n]["1"]["p50_ms"] - base for n in ("graph_default", "graph_throughput", "fused_throughput", "fused_default")}
+    bare = max(rounds[n][str(c)]["requests_per_second"] for n in ("bare", "bare_again") for c in CLIENTS)
+    fused = max(rounds["fused_throughput"][str(c)]["requests_per_second"] for c in CLIENTS)
+    detail = {
+        "variants": rounds, "added_ms": added, "fused_over_bare": fused / bare,
+        "cpu_ms": {"first": cost[0], "repeated": cost[4096]}, "repeated_over_first": cost[4096] / cost[0],
+    }  # fmt: skip
+    ok = added["graph_default"] <= ADDED and added["graph_throughput"] <= ADDED_THROUGHPUT
+    ok = ok and detail["fused_over_bare"] >= OF_BARE and detail["repeated_over_first"] <= REPEATED
+    target = f"<= {ADDED_THROUGHPUT} (default <= {ADDED}), fused >= {OF_BARE} x bare, repeated <= {REPEATED} x first"
+    return finish("serve_latency", added["graph_throughput"], "ms added at one client in throughput mode", target, ok, detail)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
