@@ -3,8 +3,9 @@
 `POST /recommend`, k = 10, stored histories, users at random, from wrk in a process of its own (Debian's package), for 1, 8 and 32
 clients. Variants: the graph (five deployments) and the fused service (one), each as Serve starts by default and in throughput mode
 (RAY_SERVE_ENABLE_HA_PROXY=1, RAY_SERVE_THROUGHPUT_OPTIMIZED=1), one replica of everything; beside them a bare FastAPI + uvicorn
-process around the same predictor, and the predictor called in process. User states are not remembered (cached_states: 0), except
-in the last variant, and in the measurement of what a repeated request costs: CPU seconds of all processes of the service per
+process around the same predictor, the predictor called in process, and an empty graph: an ingress that calls three deployments, one
+after the other, which do nothing (what Serve itself takes). User states are not remembered (cached_states: 0), except in the
+variants that say so, and in the measurement of what a repeated request costs: CPU seconds of all processes of the service per
 request, the same user again and again, against the same without remembering.
 
 Value: milliseconds that the graph in throughput mode adds at one client to the predictor's own p50.
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ request = function()
   return wrk.format(nil, "/recommend", nil, '{"user_id":"' .. users[math.random(#users)] .. '","k":10}')
 end
 """
-BARE = '''
+BARE = """
 import sys
 import torch
 from fastapi import FastAPI
@@ -66,7 +67,7 @@ async def recommend(request: api.RecommendRequest):
 
 import uvicorn
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
-'''
+"""
 SERVE = """
 import json, sys, time
 import ray
@@ -81,6 +82,37 @@ serving = {"store": {"kind": "sqlite", "path": sys.argv[5]}, "cached_states": ca
 serve.run(build(Args(run=run, options=options, serving=serving, fused=fused)), name="bench", route_prefix="/",
           logging_config={"enable_access_log": False})
 print("ready", flush=True)
+time.sleep(100_000)
+"""
+EMPTY = """
+import sys, time
+import ray
+from fastapi import FastAPI
+from ray import serve
+app = FastAPI()
+ray.init(num_cpus=8, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
+small = {"max_ongoing_requests": 64, "ray_actor_options": {"num_cpus": 0.1}}
+
+@serve.deployment(**small)
+class Nothing:
+    async def answer(self, x):
+        return x
+
+@serve.deployment(**small)
+@serve.ingress(app)
+class Ingress:
+    def __init__(self, *stages):
+        self.stages = stages
+
+    @app.post("/recommend")
+    async def recommend(self, body: dict):
+        for stage in self.stages:
+            await stage.answer.remote(b"x" * 2000)
+        return {}
+
+serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+stages = [Nothing.options(name=n).bind() for n in "abc"]
+serve.run(Ingress.bind(*stages), name="empty", route_prefix="/", logging_config={"enable_access_log": False})
 time.sleep(100_000)
 """
 
@@ -113,10 +145,8 @@ def started(command: list[str], port: int, environment: dict[str, str]) -> Itera
         finally:
             tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             for one in tree:
-                try:
+                with suppress(psutil.NoSuchProcess):
                     one.kill()
-                except psutil.NoSuchProcess:
-                    pass
             psutil.wait_procs(tree, timeout=20)
 
 
@@ -133,7 +163,18 @@ def cpu_seconds(service: psutil.Process) -> float:
 
 def load(port: int, clients: int, seconds: float, script: Path) -> dict[str, float]:
     """wrk for some seconds -> requests per second, p50 and p99 in ms. Raises RuntimeError for an answer other than 200."""
-    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "--latency", "-s", str(script), f"http://127.0.0.1:{port}"]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{clients}",
+        f"-d{seconds:g}s",
+        "--latency",
+        "--timeout",
+        "20s",
+        "-s",
+        str(script),
+        f"http://127.0.0.1:{port}",
+    ]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in text or "Socket errors" in text:
         raise RuntimeError(text)
@@ -210,7 +251,9 @@ def main() -> int:
     for mode, environment in (("default", {}), ("throughput", THROUGHPUT)):
         for kind in ("graph", "fused"):
             rounds[f"{kind}_{mode}"] = variant(lambda port, k=kind: serve(k, port, 0), environment)  # type: ignore[misc]
-    rounds["fused_throughput_cached"] = variant(lambda port: serve("fused", port, 4096), THROUGHPUT)
+        rounds[f"empty_{mode}"] = variant(lambda port: [sys.executable, "-c", EMPTY, str(port)], environment)
+    for kind in ("graph", "fused"):
+        rounds[f"{kind}_throughput_cached"] = variant(lambda port, k=kind: serve(k, port, 4096), THROUGHPUT)  # type: ignore[misc]
     rounds["bare_again"] = variant(lambda port: [sys.executable, "-c", BARE, run, str(port)], {})
     rounds["predictor_p50_ms_again"] = in_process(run, users)
     cost = {}
@@ -220,13 +263,15 @@ def main() -> int:
             cost[cached] = repeated(port, service, folder / "one", args.seconds)
     shutil.rmtree(folder)
     base = min(rounds["predictor_p50_ms"], rounds["predictor_p50_ms_again"])
-    added = {n: rounds[n]["1"]["p50_ms"] - base for n in ("graph_default", "graph_throughput", "fused_throughput", "fused_default")}
+    added = {n: v["1"]["p50_ms"] - base for n, v in rounds.items() if n.startswith(("graph", "fused"))}
     bare = max(rounds[n][str(c)]["requests_per_second"] for n in ("bare", "bare_again") for c in CLIENTS)
     fused = max(rounds["fused_throughput"][str(c)]["requests_per_second"] for c in CLIENTS)
     detail = {
-        "variants": rounds, "added_ms": added, "fused_over_bare": fused / bare,
+        "variants": rounds, "added_ms": added, 
+        "empty_graph_ms": {m: rounds[f"empty_{m}"]["1"]["p50_ms"] for m in ("default", "throughput")}, "fused_over_bare": fused / bare,
         "cpu_ms": {"first": cost[0], "repeated": cost[4096]}, "repeated_over_first": cost[4096] / cost[0],
     }  # fmt: skip
+    print(json.dumps(detail["added_ms"]), file=sys.stderr)
     ok = added["graph_default"] <= ADDED and added["graph_throughput"] <= ADDED_THROUGHPUT
     ok = ok and detail["fused_over_bare"] >= OF_BARE and detail["repeated_over_first"] <= REPEATED
     target = f"<= {ADDED_THROUGHPUT} (default <= {ADDED}), fused >= {OF_BARE} x bare, repeated <= {REPEATED} x first"

@@ -77,7 +77,7 @@ class History:
 
     def before(self, at: int | None) -> History:
         """The part strictly before a moment (ms)."""
-        if at is None:
+        if at is None or (not self.seen_times and (not self.times or self.times[-1] < at)):
             return self
         n = int(np.searchsorted(np.asarray(self.times, dtype=np.int64), at, side="left"))
         m = int(np.searchsorted(np.asarray(self.seen_times, dtype=np.int64), at, side="left"))

@@ -23,13 +23,13 @@ from ray import serve
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.golden import histories
-from mtrec_ray.predictor import History, Predictor
+from mtrec_ray.predictor import History, IntArray, Predictor
 from mtrec_ray.serving import stages
 from mtrec_ray.serving.items import LiveItems
 from mtrec_ray.serving.meters import StageMeters
 from mtrec_ray.serving.settings import ServingSettings, open_store, store_path
 from mtrec_ray.serving.sharded import ShardedIndex
-from mtrec_ray.serving.stages import EncodedState, MixedBundlesError, Retrieved, Stamp
+from mtrec_ray.serving.stages import EncodedState, FloatArray, MixedBundlesError, Retrieved, Stamp
 from mtrec_ray.serving.store import HistoryStore
 from mtrec_ray.serving.versions import Rollout, Version, Versions
 from mtrec_ray.serving.work import Worker
@@ -193,11 +193,11 @@ class Retrieval(Stage):
         return found
 
     async def logits(
-        self, stamp: Stamp, state: EncodedState, items: torch.Tensor, until: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Retrieval scores of given items."""
+        self, stamp: Stamp, state: EncodedState, item_K: IntArray, until: float | None = None
+    ) -> tuple[FloatArray, bool]:
+        """stages.logits."""
         _, predictor = await self.at(stamp, state)
-        return await self.worker.run(predictor.logits_of, state.state_BD, state.length_B, items, until=until)
+        return await self.worker.run(stages.logits, predictor, state, item_K, until=until)
 
     async def similar(self, stamp: Stamp, item_id: str, k: int, until: float | None = None) -> list[dict[str, Any]]:
         _, predictor = await self.at(stamp)
@@ -221,11 +221,11 @@ class Heads(Stage):
     """states and candidates → one number per task; states → profiles."""
 
     async def score(
-        self, stamp: Stamp, state: EncodedState, items: torch.Tensor, context: Mapping[str, Any], until: float | None = None
-    ) -> dict[str, torch.Tensor]:
+        self, stamp: Stamp, state: EncodedState, item_K: IntArray, context: Mapping[str, Any], until: float | None = None
+    ) -> dict[str, FloatArray]:
         number, predictor = await self.at(stamp, state)
-        key, one = (stamp.bundle, number, items.shape[1]), (state.state_BD, items, context)
-        found: dict[str, torch.Tensor] = await self.worker.batched(key, partial(stages.score, predictor), one, until)
+        key, one = (stamp.bundle, number, len(item_K)), (state, item_K, context)
+        found: dict[str, FloatArray] = await self.worker.batched(key, partial(stages.score, predictor), one, until)
         return found
 
     async def explain(

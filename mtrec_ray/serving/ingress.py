@@ -39,7 +39,7 @@ from mtrec_ray.serving.items import ItemError, ItemRules, StoredItem
 from mtrec_ray.serving.ladder import HEADS_DOWN, RETRIEVAL_DOWN, STATE_CACHED, STATE_DOWN, STORE_DOWN, StageDownError, call
 from mtrec_ray.serving.meters import Meters
 from mtrec_ray.serving.settings import ServingSettings, Tokens
-from mtrec_ray.serving.stages import EncodedState, MixedBundlesError, Retrieved, Stamp, allowed
+from mtrec_ray.serving.stages import EncodedState, FloatArray, MixedBundlesError, Retrieved, Stamp, allowed
 from mtrec_ray.serving.store import SKEW_MS, EventError, EventRules, HistoryStore, StoreError
 from mtrec_ray.serving.versions import Version
 from mtrec_ray.serving.work import DeadlineError
@@ -158,6 +158,11 @@ def _place(user_id: str) -> float:
     return int.from_bytes(hashlib.sha256(b"shown:" + user_id.encode()).digest()[:8], "big") / 2**64
 
 
+def _rows(predictions: Mapping[str, FloatArray]) -> dict[str, torch.Tensor]:
+    """Of one request, as the predictor has them."""
+    return {name: torch.from_numpy(values)[None] for name, values in predictions.items()}
+
+
 def _last(values: list[T]) -> list[tuple[bool, T]]:
     return [(n == len(values) - 1, value) for n, value in enumerate(values)]
 
@@ -266,14 +271,20 @@ class Ingress(Stage):
         return {"user_id": request.user_id, "bundle": stamp.bundle, **answer}
 
     async def _encoded(self, asked: Asked) -> tuple[EncodedState, list[str]]:
-        """The user's state, or the last one that is known. Raises StageDownError where there is none."""
+        """The user's state; where StateEncoder fails, the last one that is known. Raises StageDownError where there is none.
+
+        One that this replica remembers, of this version of the history, costs no call."""
         key = (asked.stamp.bundle, asked.user_id or "")
+        known = self._last.get(key) if asked.user_id is not None else None
+        if known is not None and known.stamp == asked.stamp and known.stamp.items == asked.stamp.items:
+            self._last.move_to_end(key)
+            self.meters.cache(True)
+            return known, list(asked.marks)
         try:
             until = asked.until
             ask = lambda: self.encoder.encode.remote(asked.stamp, asked.history, asked.user_id, until)  # noqa: E731
             state: EncodedState = await self._timed("StateEncoder", ask, until)
         except StageDownError:
-            known = self._last.get(key)
             if known is None:
                 raise
             return known, [*asked.marks, STATE_CACHED]
@@ -296,10 +307,9 @@ class Ingress(Stage):
     ) -> tuple[dict[str, torch.Tensor], bool]:
         """Predictions of the candidates, and whether the heads failed."""
         stamp = replace(state.stamp, items=max(state.stamp.items, retrieved.items))
-        items = retrieved.candidates.item_BK
         try:
-            ask = lambda: self.heads.score.remote(stamp, state, items, request.context, asked.until)  # noqa: E731
-            return await self._timed("Heads", ask, asked.until), False
+            ask = lambda: self.heads.score.remote(stamp, state, retrieved.item_K, request.context, asked.until)  # noqa: E731
+            return _rows(await self._timed("Heads", ask, asked.until)), False
         except StageDownError:
             return {}, True
 
@@ -315,17 +325,17 @@ class Ingress(Stage):
         encoded = predictor.encode_histories(
             [History(history.item_ids, history.times, {}, {}, history.seen_item_ids, history.seen_times)]
         )
-        stand_in = EncodedState(Stamp(""), torch.zeros(1, 0), encoded.batch.length_B, encoded.seen, encoded.visible, [])
-        seen = self._excluding(predictor, stand_in, request).seen
+        stand_in = EncodedState(Stamp(""), np.zeros(0, np.float32), 0, encoded.seen[0], encoded.visible[0], [])
+        seen = [self._excluding(predictor, stand_in, request).seen]
         return predictor.popular(seen, k, allowed(predictor, request.where, request.candidates))
 
     def _excluding(self, predictor: Predictor, state: EncodedState, request: api.RecommendRequest) -> EncodedState:
         """The same state, and what this request leaves out."""
         seen = state.seen
         if request.exclude_seen is not None:
-            seen = state.visible if request.exclude_seen else [items[:0] for items in seen]
+            seen = state.visible if request.exclude_seen else seen[:0]
         if request.exclude:
-            seen = [np.union1d(items, predictor.known_items(request.exclude)) for items in seen]
+            seen = np.union1d(seen, predictor.known_items(request.exclude))
         return state if seen is state.seen else replace(state, seen=seen)
 
     async def _explain(
@@ -363,7 +373,7 @@ class Ingress(Stage):
         async def work(asked: Asked) -> dict[str, Any]:
             predictor = asked.predictor
             self._check_context(predictor, request.context)
-            items = torch.from_numpy(predictor.items(request.item_ids))[None]
+            items = predictor.items(request.item_ids)
             asked = await self._with_history(asked, request)
             state, marks = await self._encoded(asked)
             stamp, until = state.stamp, asked.until
@@ -371,7 +381,8 @@ class Ingress(Stage):
                 self._timed("Retrieval", lambda: self.retrieval.logits.remote(stamp, state, items, until), until, 1.0),
                 self._timed("Heads", lambda: self.heads.score.remote(stamp, state, items, request.context, until), until, 1.0),
             )
-            answer = predictor.scored_answer(items, logits, popular, predictions, [*marks, *state.degraded])
+            row = (torch.from_numpy(items)[None], torch.from_numpy(logits)[None], torch.tensor([popular]), _rows(predictions))
+            answer = predictor.scored_answer(*row, [*marks, *state.degraded])
             return {"user_id": request.user_id, "bundle": stamp.bundle, **answer}
 
         return await self._wholly(request.user_id, work)

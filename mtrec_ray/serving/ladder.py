@@ -46,7 +46,8 @@ async def call(stage: str, ask: Callable[[], Any], until: float, share: float = 
     for attempt in (1, 2):
         response = ask()
         try:
-            return await asyncio.wait_for(_awaited(response), max(latest - time.time(), 1e-3))
+            async with asyncio.timeout(max(latest - time.time(), 1e-3)):
+                return await _awaited(response)
         except THE_CALLERS:
             raise
         except _GONE as error:

@@ -1,4 +1,5 @@
-"""The work of the stages on a predictor, many requests at once, and the messages between them. It knows no Ray."""
+"""The work of the stages on a predictor, many requests at once, and the messages between them: numpy, which is cheap to send. It
+knows no Ray."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mtrec_ray.predictor import Candidates, History, IntArray, Predictor
 from mtrec_ray.retrieval.exact import top_k
 
+FloatArray = NDArray[np.float32]
 INDEX_EXACT = "index_exact"
 SEARCHED_AT_ONCE = 65_536
 """Texts of the catalogue that are compared with a query at once."""
@@ -39,10 +42,12 @@ class EncodedState:
     """One history as StateEncoder answers it, with what the later stages need of it."""
 
     stamp: Stamp
-    state_BD: Tensor
-    length_B: Tensor
-    seen: list[IntArray]
-    visible: list[IntArray]
+    state_D: FloatArray
+    length: int
+    seen: IntArray
+    """Catalogue positions that may not be recommended."""
+    visible: IntArray
+    """Catalogue positions of all events."""
     degraded: list[str]
 
 
@@ -50,23 +55,33 @@ class EncodedState:
 class Retrieved:
     """Candidates of one request."""
 
-    candidates: Candidates
+    item_K: IntArray
+    logit_K: FloatArray
+    popular: bool
     items: int
     """Number of the last change that retrieval knew; the ingress needs to know it too."""
     degraded: list[str]
+
+    @property
+    def candidates(self) -> Candidates:
+        """As the predictor has them, one row."""
+        items, logits = torch.from_numpy(self.item_K)[None], torch.from_numpy(self.logit_K)[None]
+        return Candidates(items, logits, torch.tensor([self.popular]))
 
 
 def encode(predictor: Predictor, asked: Sequence[tuple[Stamp, History]]) -> list[EncodedState]:
     """Histories → user states."""
     encoded = predictor.encode_histories([h for _, h in asked])
-    state_BD = predictor.encode_state(encoded.batch)
+    state_BD, length_B = predictor.encode_state(encoded.batch).numpy(), encoded.batch.length_B.tolist()
     return [
-        EncodedState(
-            stamp, state_BD[n : n + 1].clone(), encoded.batch.length_B[n : n + 1].clone(), encoded.seen[n : n + 1],
-            encoded.visible[n : n + 1], encoded.degraded[n],
-        )
+        EncodedState(stamp, state_BD[n].copy(), length_B[n], encoded.seen[n], encoded.visible[n], encoded.degraded[n])
         for n, (stamp, _) in enumerate(asked)
-    ]  # fmt: skip
+    ]
+
+
+def rows_of(states: Sequence[EncodedState]) -> Tensor:
+    """state_BD of some states."""
+    return torch.from_numpy(np.stack([s.state_D for s in states]))
 
 
 def retrieve(predictor: Predictor, number: int, k: int, states: Sequence[EncodedState]) -> list[Retrieved]:
@@ -94,31 +109,38 @@ def allowed(predictor: Predictor, where: Mapping[str, list[str]] | None, only: l
 def _searched(
     predictor: Predictor, number: int, k: int, states: Sequence[EncodedState], allowed_N: np.ndarray[Any, Any] | None
 ) -> list[Retrieved]:
-    state_BD, length_B = torch.cat([s.state_BD for s in states]), torch.cat([s.length_B for s in states])
-    seen, marks = [s.seen[0] for s in states], []
+    state_BD, length_B = rows_of(states), torch.tensor([s.length for s in states])
+    seen, marks = [s.seen for s in states], []
     try:
         found = predictor.retrieve(state_BD, length_B, seen, k, allowed_N)
     except Exception:
         if predictor.index is predictor.exact:
             raise
         found, marks = predictor.retrieve(state_BD, length_B, seen, k, allowed_N, predictor.exact), [INDEX_EXACT]
-    rows = [slice(n, n + 1) for n in range(len(states))]
-    return [Retrieved(Candidates(found.item_BK[r], found.logit_BK[r], found.popular_B[r]), number, marks) for r in rows]
+    item_BK, logit_BK, popular = found.item_BK.numpy(), found.logit_BK.numpy(), found.popular_B.tolist()
+    return [Retrieved(item_BK[n], logit_BK[n], popular[n], number, marks) for n in range(len(states))]
 
 
-Scored = tuple[Tensor, Tensor, Mapping[str, Any]]
-"""state, items (1, K), context of a request."""
+def logits(predictor: Predictor, state: EncodedState, item_K: IntArray) -> tuple[FloatArray, bool]:
+    """Retrieval scores of given items, and whether they are shares of the popularity."""
+    logit_BK, popular_B = predictor.logits_of(rows_of([state]), torch.tensor([state.length]), torch.from_numpy(item_K)[None])
+    return logit_BK[0].numpy(), bool(popular_B[0])
 
 
-def score(predictor: Predictor, asked: Sequence[Scored]) -> list[dict[str, Tensor]]:
-    """States and as many items of each → one number per task."""
+Scored = tuple[EncodedState, IntArray, Mapping[str, Any]]
+"""State, items (K), context of a request."""
+
+
+def score(predictor: Predictor, asked: Sequence[Scored]) -> list[dict[str, FloatArray]]:
+    """States and as many items of each → one number per task and item."""
     context_B = predictor.encode_context([context for _, _, context in asked])
-    found = predictor.score(torch.cat([s for s, _, _ in asked]), torch.cat([i for _, i, _ in asked]), context_B)
-    return [{name: values[n : n + 1] for name, values in found.items()} for n in range(len(asked))]
+    item_BK = torch.from_numpy(np.stack([items for _, items, _ in asked]))
+    found = {n: v.numpy() for n, v in predictor.score(rows_of([s for s, _, _ in asked]), item_BK, context_B).items()}
+    return [{name: values[n] for name, values in found.items()} for n in range(len(asked))]
 
 
 def profiles(predictor: Predictor, states: Sequence[EncodedState]) -> list[dict[str, dict[str, float]]]:
-    return predictor.profile_of(torch.cat([s.state_BD for s in states]), [s.visible[0] for s in states])
+    return predictor.profile_of(rows_of(states), [s.visible for s in states])
 
 
 def search_texts(

@@ -161,7 +161,7 @@ def test_the_state_encoder_reads_texts_that_the_log_never_had(run: TinyRun) -> N
     stage = StateEncoder.func_or_class(str(run.folder / "bundle"))
     history = History(["i1", "i2"], [0, 1000], {"click": [1, 1]}, {"review": ["odd odd 7", None]})
     found = asyncio.run(stage.encode(Stamp(run.predictor.fingerprint), history))
-    torch.testing.assert_close(found.state_BD[0], state(run.predictor, history))
+    torch.testing.assert_close(torch.from_numpy(found.state_D), state(run.predictor, history))
 
 
 def test_http_takes_a_text_of_an_event_and_refuses_it_of_a_request(run: TinyRun) -> None:
