@@ -15,27 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import psutil
 
 from benchmarks.report import finish
+from benchmarks.served import THROUGHPUT, cpu_seconds, free_port, serve_command, started
 
 CLIENTS, SECONDS, WARM = (1, 8, 32), 8, 2
-THROUGHPUT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 ADDED, ADDED_THROUGHPUT, OF_BARE, REPEATED = 12.0, 5.0, 0.8, 0.5
 LUA = """
 local users = {%s}
@@ -68,22 +64,6 @@ async def recommend(request: api.RecommendRequest):
 import uvicorn
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
 """
-SERVE = """
-import json, sys, time
-import ray
-from ray import serve
-from serve_apps.recommend import Args, build
-ray.init(num_cpus=8, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
-run, port, fused, cached = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "fused", int(sys.argv[4])
-names = ("Ingress", "StateEncoder", "Retrieval", "Heads", "TextEncoder")
-options = {n: {"num_replicas": 1, "max_ongoing_requests": 64, "ray_actor_options": {"num_cpus": 0.1}} for n in names}
-serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-serving = {"store": {"kind": "sqlite", "path": sys.argv[5]}, "cached_states": cached}
-serve.run(build(Args(run=run, options=options, serving=serving, fused=fused)), name="bench", route_prefix="/",
-          logging_config={"enable_access_log": False})
-print("ready", flush=True)
-time.sleep(100_000)
-"""
 EMPTY = """
 import sys, time
 import ray
@@ -115,50 +95,6 @@ stages = [Nothing.options(name=n).bind() for n in "abc"]
 serve.run(Ingress.bind(*stages), name="empty", route_prefix="/", logging_config={"enable_access_log": False})
 time.sleep(100_000)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def started(command: list[str], port: int, environment: dict[str, str]) -> Iterator[psutil.Process]:
-    """A service of its own, until it answers; all that it started ends with it."""
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"} | environment
-    with tempfile.TemporaryFile() as noise:
-        process = subprocess.Popen(command, env=settings, stdout=noise, stderr=noise)
-        try:
-            deadline = time.monotonic() + 180
-            while True:
-                try:
-                    if httpx.post(f"http://127.0.0.1:{port}/recommend", json={"user_id": "1"}, timeout=10).status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                if process.poll() is not None or time.monotonic() > deadline:
-                    noise.seek(0)
-                    raise RuntimeError(f"the service did not start:\n{noise.read().decode()[-3000:]}")
-                time.sleep(0.3)
-            yield psutil.Process(process.pid)
-        finally:
-            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-            for one in tree:
-                with suppress(psutil.NoSuchProcess):
-                    one.kill()
-            psutil.wait_procs(tree, timeout=20)
-
-
-def cpu_seconds(service: psutil.Process) -> float:
-    total = 0.0
-    for process in [service, *service.children(recursive=True)]:
-        try:
-            spent = process.cpu_times()
-            total += spent.user + spent.system
-        except psutil.NoSuchProcess:
-            pass
-    return total
 
 
 def load(port: int, clients: int, seconds: float, script: Path) -> dict[str, float]:
@@ -237,7 +173,8 @@ def main() -> int:
         (folder / name).write_text(LUA % ",".join(json.dumps(u) for u in chosen), encoding="utf-8")
 
     def serve(kind: str, port: int, cached: int) -> list[str]:
-        return [sys.executable, "-c", SERVE, run, str(port), kind, str(cached), str(folder / f"{kind}{port}.sqlite")]
+        store = {"kind": "sqlite", "path": str(folder / f"{kind}{port}.sqlite")}
+        return serve_command(run, port, {"store": store, "cached_states": cached}, kind == "fused")
 
     def variant(command: Callable[[int], list[str]], environment: dict[str, str]) -> dict[str, dict[str, float]]:
         port = free_port()
@@ -266,11 +203,9 @@ def main() -> int:
     added = {n: v["1"]["p50_ms"] - base for n, v in rounds.items() if n.startswith(("graph", "fused"))}
     bare = max(rounds[n][str(c)]["requests_per_second"] for n in ("bare", "bare_again") for c in CLIENTS)
     fused = max(rounds["fused_throughput"][str(c)]["requests_per_second"] for c in CLIENTS)
-    detail = {
-        "variants": rounds, "added_ms": added, 
-        "empty_graph_ms": {m: rounds[f"empty_{m}"]["1"]["p50_ms"] for m in ("default", "throughput")}, "fused_over_bare": fused / bare,
-        "cpu_ms": {"first": cost[0], "repeated": cost[4096]}, "repeated_over_first": cost[4096] / cost[0],
-    }  # fmt: skip
+    empty = {m: rounds[f"empty_{m}"]["1"]["p50_ms"] for m in ("default", "throughput")}
+    detail = {"variants": rounds, "added_ms": added, "empty_graph_ms": empty, "fused_over_bare": fused / bare}
+    detail |= {"cpu_ms": {"first": cost[0], "repeated": cost[4096]}, "repeated_over_first": cost[4096] / cost[0]}
     print(json.dumps(detail["added_ms"]), file=sys.stderr)
     ok = added["graph_default"] <= ADDED and added["graph_throughput"] <= ADDED_THROUGHPUT
     ok = ok and detail["fused_over_bare"] >= OF_BARE and detail["repeated_over_first"] <= REPEATED

@@ -163,7 +163,7 @@ class ItemRequest(_Request):
     """As the configuration reads them (data.text, data.item_features)."""
     model_config = ConfigDict(
         extra="forbid", strict=True,
-        json_schema_extra={"examples": [{"columns": {"movie_title": "A New Film", "release_year": "2026", "class": "Comedy"}}]},
+        json_schema_extra={"examples": [{"columns": {"title": "A New Film", "year": "2026", "genres": "Comedy Drama"}}]},
     )  # fmt: skip
 
 

@@ -203,9 +203,7 @@ def test_a_wrong_bundle_is_refused_and_the_old_one_goes_on(make: Make, run: Tiny
         if case == "no golden":
             (folder / "golden.json").unlink()
             stated = storage.read_json(str(folder / "fingerprint.json"))
-            storage.write_json(
-                str(folder / "fingerprint.json"), stated | {"fingerprint": bundle.compute_fingerprint(str(folder))}
-            )
+            storage.write_json(str(folder / "fingerprint.json"), stated | {"fingerprint": bundle.compute_fingerprint(str(folder))})
         if case == "schema":
             stated = storage.read_json(str(folder / "fingerprint.json"))
             storage.write_json(str(folder / "fingerprint.json"), stated | {"schema_version": 0})
@@ -397,9 +395,7 @@ def test_heads_that_fail_leave_the_order_of_retrieval(make: Make, error: Excepti
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), None])
-def test_a_state_encoder_that_fails_leaves_the_last_state_or_popularity(
-    make: Make, run: TinyRun, error: Exception | None
-) -> None:
+def test_a_state_encoder_that_fails_leaves_the_last_state_or_popularity(make: Make, run: TinyRun, error: Exception | None) -> None:
     async def work(service: Any) -> None:
         before = await ask(service, user_id="u1")
         service.encoder = Broken(service.encoder, "encode", error)
