@@ -101,7 +101,7 @@ class Load:
             return (
                 "POST",
                 "/search",
-                {"text": f"a film of the {rng.choice(['30', '50', '90'])}s about {rng.choice('war love toys'.split())}"},
+                {"text": f"a film of the {rng.choice(['30', '50', '90'])}s about {rng.choice(['war', 'love', 'toys'])}"},
                 200,
                 None,
             )

@@ -258,6 +258,23 @@ class ItemAnswer(BaseModel):
     deleted: bool
 
 
+class KnownLabel(BaseModel):
+    kind: str
+    min: float | None
+    max: float | None
+
+
+class About(BaseModel):
+    name: str
+    tasks: dict[str, str]
+    """Task -> its kind."""
+    labels: dict[str, KnownLabel]
+    """What an event's actions may be."""
+    filters: dict[str, list[str]]
+    """Attribute of items -> its most frequent values."""
+    fused: bool
+
+
 class Latency(BaseModel):
     count: int
     p50: float

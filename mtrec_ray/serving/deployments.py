@@ -22,6 +22,7 @@ from ray import serve
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
+from mtrec_ray.encoders.loading import EncoderError
 from mtrec_ray.golden import histories
 from mtrec_ray.predictor import History, IntArray, Predictor
 from mtrec_ray.serving import stages
@@ -212,7 +213,7 @@ class Retrieval(Stage):
             self._texts = {stamp.bundle: self.versions.get(stamp.bundle).text_vectors()}
         text_NE, query_E = self._texts[stamp.bundle], torch.from_numpy(np.frombuffer(query, np.float32).copy())
         if text_NE is None:
-            text_NE = query_E.new_zeros(len(predictor.item_ids), len(query_E))
+            raise EncoderError("the bundle holds no text vectors: an older version wrote it; run the pipeline into a new directory")
         return await self.worker.run(stages.search, predictor, text_NE, query_E, k, where, until=until)
 
 

@@ -42,7 +42,7 @@ def endpoint_of(path: str) -> str:
 
 ENDPOINTS = frozenset(
     ["/", "/recommend", "/recommend/many", "/score", "/similar", "/profile", "/history", "/search", "/events", "/healthz",
-     "/versions", "/stats"]
+     "/versions", "/stats", "/about"]
 )  # fmt: skip
 
 

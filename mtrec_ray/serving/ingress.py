@@ -506,6 +506,15 @@ class Ingress(Stage):
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
 
+    @http.get("/about", response_model=api.About)
+    async def about(self) -> dict[str, Any]:
+        """What this service knows: its tasks, the labels that events may have, and what items can be filtered by."""
+        predictor = self.versions.current.base
+        labels = {n: {"kind": v.kind, "min": v.min, "max": v.max} for n, v in self.rules.labels.items()}
+        filters = {spec.name: list(spec.values[:50]) for spec in predictor.schema.item_features}
+        tasks = {n: t.kind for n, t in predictor.config.tasks.items()}
+        return {"name": predictor.config.name, "tasks": tasks, "labels": labels, "filters": filters, "fused": self.fused}
+
     @http.get("/stats", response_model=api.Stats)
     async def stats(self) -> dict[str, Any]:
         """Latencies, degradations and answers of the replica that answers this, of the last requests."""
