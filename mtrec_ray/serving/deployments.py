@@ -103,9 +103,13 @@ class Stage:
             return
         self.versions.switch(rollout, found)
         log.info("rollout", extra={"bundle": found[0].fingerprint[:12]})
+        await self.settled(found)
 
     async def _agreed(self, found: list[Version]) -> None:
         """The ingress asks the other stages here."""
+
+    async def settled(self, found: list[Version]) -> None:
+        """After a switch."""
 
     async def has(self, fingerprint: str) -> bool:
         """Whether this replica holds a bundle."""
@@ -246,7 +250,18 @@ class Heads(Stage):
 
 @serve.deployment(name="TextEncoder")
 class TextEncoder(Stage):
-    """Texts → vectors, of items that join and of searches. The language model is loaded when it is first asked for."""
+    """Texts → vectors, of items that join and of searches."""
+
+    async def settled(self, found: list[Version]) -> None:
+        """The language model is loaded before somebody waits for it, and while others are served."""
+        if found[0].base.text_encoder is not None:
+            self._warming = asyncio.get_running_loop().create_task(self._warm(found[0]))
+
+    async def _warm(self, version: Version) -> None:
+        try:
+            await self.worker.run(version.encode, ["a text"])
+        except EncoderError as error:  # callers are told; everything else goes on
+            log.error("no TextEncoder", extra={"reason": str(error)})
 
     async def encode(self, bundle: str, texts: list[str], until: float | None = None) -> tuple[list[bytes], str]:
         """-> (float32 vectors, which TextEncoder made them). Raises EncoderError for a bundle that reads no texts."""

@@ -603,6 +603,10 @@ class Ingress(Stage):
                         raise
                     await asyncio.sleep(0.5)
 
+    async def settled(self, found: list[Version]) -> None:
+        if self.fused:
+            await self.texts.stage.settled(found)
+
     async def _golden(self, version: Version, history: History) -> list[dict[str, Any]]:
         """One golden request through the graph."""
         until = time.time() + 30
