@@ -94,3 +94,66 @@ def pss_bytes(service: psutil.Process) -> int:
             text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
             total += sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
     return total
+
+
+DEPLOY = """
+import json, os, sys, time
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+path = sys.argv[1]
+asked = json.load(open(path))
+ray.init(num_cpus=24, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False, **asked["ray"])
+serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": asked["port"]})
+before = None
+while True:
+    text = open(path).read()
+    if text != before:
+        before = text
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [json.loads(text)["application"]]}))
+    status = serve.status().applications.get("bench")
+    found = status.deployments if status else {}
+    told = {n: {"status": str(d.status), "replicas": dict(d.replica_states)} for n, d in found.items()}
+    draft = path + ".draft"
+    open(draft, "w").write(json.dumps({"time": time.time(), "deployments": told}))
+    os.replace(draft, path + ".status")
+    time.sleep(0.25)
+"""
+
+
+class Deployed:
+    """A service that is deployed by configuration, as `serve deploy` does; a change of it is deployed to what runs."""
+
+    def __init__(self, folder: Path, run: str, port: int, serving: dict[str, Any], options: dict[str, Any], **ray: Any) -> None:
+        """options: of every deployment."""
+        self.file, self.port, self.ray = folder / "deploy.json", port, ray
+        self.application: dict[str, Any] = {
+            "name": "bench",
+            "route_prefix": "/",
+            "import_path": "serve_apps.recommend:build",
+            "logging_config": {"enable_access_log": False}, "args": {"run": run, "serving": serving},
+            "deployments": [{"name": n, "user_config": {}, **options} for n in DEPLOYMENTS],
+        }  # fmt: skip
+        self.deploy()
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", DEPLOY, str(self.file)]
+
+    def deploy(self, **user_config: Any) -> None:
+        """With another rollout."""
+        for deployment in self.application["deployments"]:
+            deployment["user_config"] = user_config
+        draft = self.file.with_suffix(".draft")
+        draft.write_text(json.dumps({"port": self.port, "ray": self.ray, "application": self.application}), encoding="utf-8")
+        draft.replace(self.file)
+
+    def status(self) -> dict[str, Any]:
+        """Deployment -> its status and how many replicas are in which state."""
+        file = Path(f"{self.file}.status")
+        return dict(json.loads(file.read_text(encoding="utf-8"))["deployments"]) if file.exists() else {}
+
+    def running(self) -> dict[str, int]:
+        """Replicas that run."""
+        return {n: sum(c for state, c in d["replicas"].items() if "RUNNING" in state) for n, d in self.status().items()}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
+from mtrec_ray.serving.impressions import ShownList
 from mtrec_ray.serving.store import HistoryStore, StoredEvent
 
-CURSOR = "_live.json"
-"""In the target, hidden from readers of the log: the number of the last event that was written."""
+CURSOR, SHOWN_CURSOR = "_live.json", "_shown.json"
+"""In the target, hidden from readers of the log: the number of the last event (list) that was written."""
 AT_ONCE = 100_000
 """Events of a file."""
 _PER_MS = {"ms": 1.0, "s": 0.001, "us": 1000.0, "ns": 1_000_000.0}
@@ -56,6 +58,85 @@ def export_events(store: HistoryStore, config: RunConfig, target: str) -> int:
         written += len(found)
 
 
+def export_lists(store: HistoryStore, target: str) -> int:
+    """Lists that were shown since the last call, a row per place, as TARGET/shown-NUMBER.parquet -> how many lists.
+
+    request_id, user_id, bundle, timestamp (ms UTC), position (from 1), item_id, score, propensity, tasks (a map).
+    """
+    written = 0
+    for first, lists in _shown(store, target, None):
+        storage.write_table(storage.join(target, f"shown-{first:020d}.parquet"), list_rows(lists))
+        written += len(lists)
+    return written
+
+
+def export_unanswered(store: HistoryStore, config: RunConfig, target: str, label: str, within_ms: int, now_ms: int) -> int:
+    """Shown items on which no event of the user with LABEL followed in time, as rows of the log with LABEL = 0 -> how many.
+
+    Features of the log that are called position and propensity get what the list says. A list is read when its time has passed.
+    Raises ExportError, StoreError, StorageError.
+    """
+    check_log(config)
+    if label not in config.data.labels or config.data.labels[label].kind != "binary":
+        raise ExportError(
+            f"{label!r} is no binary label of this log: {[n for n, v in config.data.labels.items() if v.kind == 'binary']}"
+        )
+    written = 0
+    for first, lists in _shown(store, target, now_ms - within_ms):
+        wanted = {(s.user_id, i) for s in lists for i in s.item_ids}
+        answered: dict[tuple[str, str], list[int]] = {}
+        number = 0
+        while found := store.log(number, AT_ONCE):
+            number = found[-1][0]
+            for _, event in found:
+                key = (event.user_id, event.item_id)
+                if key in wanted and event.actions.get(label):
+                    answered.setdefault(key, []).append(event.timestamp)
+        rows = [
+            StoredEvent(s.user_id, item, s.timestamp, None, {label: 0.0}, {"position": place, "propensity": chance})
+            for s in lists
+            for place, (item, chance) in enumerate(zip(s.item_ids, s.propensities, strict=True), 1)
+            if not any(0 <= t - s.timestamp <= within_ms for t in answered.get((s.user_id, item), ()))
+        ]
+        storage.write_table(storage.join(target, f"unanswered-{first:020d}.parquet"), rows_of(rows, config))
+        written += len(rows)
+    return written
+
+
+def _shown(store: HistoryStore, target: str, before_ms: int | None) -> Iterator[tuple[int, list[ShownList]]]:
+    """Lists behind the cursor of a directory, in pieces; the cursor moves when the next piece is asked for. before_ms: only those
+    that were shown earlier."""
+    cursor_uri = storage.join(target, SHOWN_CURSOR)
+    cursor = int(storage.read_json(cursor_uri)["number"]) if storage.exists(cursor_uri) else 0
+    while True:
+        found = store.impressions(cursor, AT_ONCE // 10)
+        if before_ms is not None:
+            late = next((n for n, (_, s) in enumerate(found) if s.timestamp > before_ms), len(found))
+            found = found[:late]
+        if not found:
+            return
+        yield found[0][0], [s for _, s in found]
+        cursor = found[-1][0]
+        storage.write_json(cursor_uri, {"number": cursor})
+
+
+def list_rows(lists: list[ShownList]) -> pa.Table:
+    places = [(s, n) for s in lists for n in range(len(s.item_ids))]
+    return pa.table(
+        {
+            "request_id": pa.array([s.request_id for s, _ in places], pa.string()),
+            "user_id": pa.array([s.user_id for s, _ in places], pa.string()),
+            "bundle": pa.array([s.bundle for s, _ in places], pa.string()),
+            "timestamp": pa.array([s.timestamp for s, _ in places], pa.int64()),
+            "position": pa.array([n + 1 for _, n in places], pa.int32()),
+            "item_id": pa.array([s.item_ids[n] for s, n in places], pa.string()),
+            "score": pa.array([s.scores[n] for s, n in places], pa.float64()),
+            "propensity": pa.array([s.propensities[n] for s, n in places], pa.float64()),
+            "tasks": pa.array([list(s.tasks[n].items()) for s, n in places], pa.map_(pa.string(), pa.float64())),
+        }
+    )
+
+
 def rows_of(events: list[StoredEvent], config: RunConfig) -> pa.Table:
     """Events -> rows as the log has them: its own names, times in its unit."""
     data, named = config.data, config.data.interactions.columns
@@ -75,7 +156,9 @@ def rows_of(events: list[StoredEvent], config: RunConfig) -> pa.Table:
             columns[name] = pa.array([e.actions.get(name) for e in events], pa.float64())
     kinds: dict[str, Any] = {"multihot": pa.list_(pa.string()), "numerical": pa.float64(), "kept": pa.float64()}
     for name, feature in data.context.items():
-        columns[name] = pa.array([e.context.get(name) for e in events], kinds.get(feature.kind, pa.string()))
+        kind = kinds.get(feature.kind, pa.string())
+        values = [e.context.get(name) for e in events]
+        columns[name] = pa.array([str(v) if isinstance(v, int | float) and pa.types.is_string(kind) else v for v in values], kind)
     return pa.table({named.get(name, name): column for name, column in columns.items()})
 
 

@@ -114,6 +114,42 @@ def test_serve_deploy_with_the_yaml_gives_five_autoscaling_deployments(
     assert set(found["deployments"]) == {"Ingress", "StateEncoder", "Retrieval", "Heads", "TextEncoder"}
     assert all(d["status"] == "HEALTHY" for d in found["deployments"].values())
 
+    # a rollout is another user_config: nothing restarts, and no answer fails on the way
+    other = tiny.make_config(tiny_run.folder, lambda raw: raw.update(seed=1))
+    model = tiny.train_locally(other, tiny_run.data)
+    wanted = tiny.write_bundle(other, tiny_run.data, model, tmp_path / "other").fingerprint
+    url = f"http://127.0.0.1:{port}"
+
+    def served() -> int:
+        return int(sum(httpx.get(f"{url}/stats", timeout=30).json()["answers"].values()))
+
+    def roll(bundle: str | None, until: Callable[[], bool]) -> set[str]:
+        """Deploy again and ask until it holds -> fingerprints of the answers on the way."""
+        for deployment in application["deployments"]:
+            deployment["user_config"] = {"bundle": bundle}
+        (tmp_path / "recommend.yaml").write_text(yaml.safe_dump(settings))
+        command = [serve_command, "deploy", str(tmp_path / "recommend.yaml"), *address]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=120)
+        seen, deadline = set(), time.monotonic() + 120
+        while time.monotonic() < deadline and not until():
+            answer = httpx.post(f"{url}/recommend", json=BODY, timeout=30)
+            assert answer.status_code == 200 and answer.json()["degraded"] == [], answer.text
+            seen.add(answer.json()["bundle"])
+        assert until()
+        return seen
+
+    def now() -> str:
+        return str(httpx.post(f"{url}/recommend", json=BODY, timeout=30).json()["bundle"])
+
+    before = served()
+    assert roll(str(tmp_path / "other"), lambda: now() == wanted) <= {wanted, tiny_run.predictor.fingerprint}
+    assert served() > before  # the same process: it still knows what it answered
+    refused = httpx.get(f"{url}/versions", timeout=30).json()
+    assert refused["current"] == wanted and refused["refused"] == {}
+    roll(str(tmp_path / "nothing"), lambda: httpx.get(f"{url}/versions", timeout=30).json()["refused"] != {})
+    assert now() == wanted  # what is wrong is refused, and what was served goes on
+    roll(None, lambda: now() == tiny_run.predictor.fingerprint)
+
 
 def test_stages_of_different_bundles_refuse_and_are_not_healthy(ray_cluster: Any, no_serve: None, tiny_run: TinyRun) -> None:
     from ray import serve

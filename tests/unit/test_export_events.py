@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mtrec_ray.data.prepare import prepare
 from mtrec_ray.serving import export
 from mtrec_ray.serving.export import ExportError, check_log
 from mtrec_ray.serving.history import PreparedHistories
+from mtrec_ray.serving.impressions import ShownList
 from mtrec_ray.serving.settings import StoreSettings, open_store
 from mtrec_ray.serving.store import EventRules
 from tests import tiny
@@ -138,3 +140,55 @@ def test_a_forgotten_user_leaves_the_live_histories_too(made: Made, capsys: pyte
     store = open_store(StoreSettings(), str(folder / "run" / "data"), bundle.load(str(folder / "run" / "bundle")))
     assert store is not None and store.get("u1") is None and store.get("u2") is not None
     assert {e.user_id for _, e in store.log(0, 10)} == {"u2"}
+
+
+def show(made: Made, *lists: ShownList) -> None:
+    from mtrec_ray import bundle
+
+    store = open_store(StoreSettings(), str(made[0] / "run" / "data"), bundle.load(str(made[0] / "run" / "bundle")))
+    assert store is not None
+    store.keep_impressions(lists)
+    store.close()
+
+
+def test_shown_lists_become_rows_and_what_nobody_clicked_becomes_zeros(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, config = made
+    tasks = [{"click": 0.5}, {"click": 0.25}]
+    show(
+        made,
+        ShownList("u1", "r1", LATER, "b1", ["i3", "i4"], [2.0, 1.0], [0.75, 1.0], tasks),
+        ShownList("u2", "r2", LATER, "b1", ["i3", "i5"], [2.0, 1.0], [1.0, 1.0], tasks),
+    )
+    keep(made, {"user": "u1", "item": "i3", "time": LATER + 60_000, "actions": {"click": 1}},
+         {"user": "u2", "item": "i3", "time": LATER + 7_200_000, "actions": {"click": 1}})  # fmt: skip
+    run = ["--run", str(folder / "run")]
+    assert job.main([*run, "--lists", str(folder / "shown")]) == 0 and "2 lists" in capsys.readouterr().out
+    [file] = sorted((folder / "shown").glob("shown-*.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    assert [(r["request_id"], r["item_id"], r["position"], r["propensity"]) for r in rows] == [
+        ("r1", "i3", 1, 0.75), ("r1", "i4", 2, 1.0), ("r2", "i3", 1, 1.0), ("r2", "i5", 2, 1.0),
+    ]  # fmt: skip
+    assert rows[1]["tasks"] == [("click", 0.25)] and rows[0]["bundle"] == "b1"
+    arguments = [*run, "--to", str(folder / "features"), "--unanswered", "click"]
+    assert job.main(arguments) == 0 and "3 shown items without click" in capsys.readouterr().out
+    [file] = sorted((folder / "features").glob("unanswered-*.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    assert [(r["user"], r["item"], r["click"], r["position"], r["propensity"]) for r in rows] == [
+        ("u1", "i4", 0.0, "2", 1.0), ("u2", "i3", 0.0, "1", 1.0), ("u2", "i5", 0.0, "2", 1.0),
+    ]  # fmt: skip
+    data = tiny.prepare_locally(config, folder / "again")  # the log with these files is one that preparation reads
+    history = PreparedHistories(data.root).get("u1")
+    assert history is not None and "i4" not in history.item_ids[-1:]  # nobody clicked it: it is no history
+    assert job.main(arguments) == 0 and "0 shown items" in capsys.readouterr().out  # each list once
+    assert job.main([*run, "--to", str(folder / "features"), "--unanswered", "rating"]) == 2
+    assert "no binary label" in capsys.readouterr().err
+    assert job.main(run) == 2 and "nothing is asked for" in capsys.readouterr().err
+
+
+def test_a_list_is_not_judged_before_its_time_has_passed(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = made
+    now = time.time_ns() // 1_000_000
+    show(made, ShownList("u1", "r1", now, "b1", ["i3"], [2.0], [1.0], [{}]))
+    arguments = ["--run", str(folder / "run"), "--to", str(folder / "features"), "--unanswered", "click"]
+    assert job.main(arguments) == 0 and "0 shown items" in capsys.readouterr().out
+    assert job.main([*arguments, "--within-minutes", "0"]) == 0 and "1 shown items" in capsys.readouterr().out

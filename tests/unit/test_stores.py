@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from mtrec_ray.predictor import History
+from mtrec_ray.serving.impressions import ShownList
 from mtrec_ray.serving.redis_store import RedisStore
 from mtrec_ray.serving.sqlite_store import SqliteStore
 from mtrec_ray.serving.store import HistoryStore, StoredEvent, StoreError
@@ -302,3 +303,49 @@ def test_a_locked_database_is_an_error_and_nothing_half(tmp_path: Path, monkeypa
     assert list(read(store, "u").item_ids) == ["a"]  # readers go on
     other.execute("COMMIT")
     assert store.append([event("u", "b", 2)]) == [True]
+
+
+def test_changed_items_have_numbers_and_places_that_only_grow(opened: Open) -> None:
+    store = opened()
+    assert store.items_since(0) == []
+    first = store.change_item("a", {"columns": {"name": "A", "genre": None}, "vector": b"\x00\x01", "encoder": "e"})
+    assert (first.number, first.place, first.available, first.blocked, first.deleted) == (1, 0, True, False, False)
+    assert store.change_item("known", {"blocked": True}).place is None  # one of the bundle's own
+    assert store.change_item("b", {"columns": {"name": "B"}}).place == 1
+    again = store.change_item("a", {"available": False})
+    assert (again.number, again.place, again.vector, again.columns) == (4, 0, b"\x00\x01", {"name": "A", "genre": None})
+    assert store.change_item("known", {"columns": {"name": "K"}}).place == 2
+    assert [i.item_id for i in store.items_since(0)] == ["b", "a", "known"]
+    assert [i.item_id for i in opened().items_since(3)] == ["a", "known"]  # durable, and seen by others
+    assert opened().items_since(5) == []
+    gone = opened().change_item("a", {"deleted": True})
+    assert gone.deleted and gone.place == 0 and gone.number == 6
+
+
+def test_items_changed_by_many_at_once_lose_nothing(opened: Open) -> None:
+    stores = [opened() for _ in range(3)]
+
+    def work(n: int) -> None:
+        for i in range(8):
+            stores[n].change_item(f"i{n}-{i}", {"columns": {"name": "x"}})
+            stores[n].change_item("shared", {"available": bool(i % 2)})
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = stores[0].items_since(0)
+    assert len(found) == 25 and max(i.number for i in found) == 48
+    assert sorted(i.place for i in found if i.place is not None) == list(range(24))
+
+
+def test_shown_lists_are_read_in_their_order_and_forgotten_with_their_user(opened: Open) -> None:
+    store = opened()
+    lists = [ShownList(f"u{n % 2}", f"r{n}", n, "b", ["a"], [0.5], [1.0], [{"click": 0.1}]) for n in range(4)]
+    store.keep_impressions(lists)
+    found = store.impressions(0, 10)
+    assert [s for _, s in found] == lists
+    assert [s for _, s in opened().impressions(found[1][0], 1)] == [lists[2]]
+    assert store.forget(["u0"]) >= 2
+    assert [s.request_id for _, s in store.impressions(0, 10)] == ["r1", "r3"]
