@@ -52,6 +52,10 @@ bench: install
 	$(BIN)/python -m benchmarks.batch_pipeline
 	$(BIN)/python -m benchmarks.batch_kill
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.scoring_int8
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve_latency
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve_soak --minutes 30
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve_faults
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve_autoscale
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.profiles
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.ranking_tasks
 	$(BIN)/python -m benchmarks.balancer_cost

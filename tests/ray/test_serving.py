@@ -149,6 +149,11 @@ def test_serve_deploy_with_the_yaml_gives_five_autoscaling_deployments(
     roll(str(tmp_path / "nothing"), lambda: httpx.get(f"{url}/versions", timeout=30).json()["refused"] != {})
     assert now() == wanted  # what is wrong is refused, and what was served goes on
     roll(None, lambda: now() == tiny_run.predictor.fingerprint)
+    metrics = f"http://127.0.0.1:{ray_cluster.address_info['metrics_export_port']}/metrics"
+    wait_for(lambda: httpx.Response(200 if "ray_mtrec_requests_total{" in httpx.get(metrics, timeout=30).text else 503), 60)
+    text = httpx.get(metrics, timeout=30).text
+    for name in ("requests_total", "request_ms_bucket", "stage_ms_bucket", "batch_size_bucket", "answers_total", "coverage"):
+        assert f"ray_mtrec_{name}{{" in text, name
 
 
 def test_stages_of_different_bundles_refuse_and_are_not_healthy(ray_cluster: Any, no_serve: None, tiny_run: TinyRun) -> None:

@@ -137,6 +137,13 @@ def test_a_body_that_is_too_long_and_a_deadline_that_is_no_number(service: Any) 
     assert send("POST", "/recommend", json=GOOD, headers={"x-deadline-ms": "2000"}).json()["degraded"] == []
 
 
+def test_other_origins_get_no_leave_and_the_page_holds_no_scripts_of_others(service: Any) -> None:
+    answer = send("POST", "/recommend", json=GOOD, headers={"origin": "https://elsewhere.example"})
+    assert not any(h.startswith("access-control") for h in answer.headers)
+    page = send("GET", "/")
+    assert "default-src 'none'" in page.headers["content-security-policy"] and "http" not in page.text.split("<body>")[1]
+
+
 def test_a_client_that_hangs_up_half_way_costs_nothing(service: Any) -> None:
     async def gone() -> list[Any]:
         sent: list[Any] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from mtrec_ray.serving import guard
-from mtrec_ray.serving.guard import Guard, Guarded, set_guard
+from mtrec_ray.serving.guard import Guard, Guarded, endpoint_of, needed, request_id, set_guard, until
 from mtrec_ray.serving.settings import ServingSettings, StoreSettings, Tokens, open_store, store_path
 from mtrec_ray.serving.store import EventError, EventRules, StoredEvent
 from tests.conftest import TinyRun
@@ -177,3 +178,41 @@ def test_histories_of_the_store_are_those_of_the_prepared_data(tiny_run: TinyRun
         a, b = (predictor.encode_histories([h]) for h in (expected, found.history))
         assert np.array_equal(a.visible[0], b.visible[0])
         assert np.array_equal(predictor.encode_state(a.batch).numpy(), predictor.encode_state(b.batch).numpy())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "role", "name"),
+    [
+        ("POST", "/recommend", "read", "/recommend"), ("GET", "/items/50", "read", "/items/{id}"),
+        ("PUT", "/items/50", "admin", "/items/{id}"), ("PATCH", "/items/a/b", "admin", "/items/{id}"),
+        ("DELETE", "/items/", "admin", "/items/{id}"), ("POST", "/events", "events", "/events"),
+        ("GET", "/versions", "read", "/versions"), ("GET", "/somebody's name", "read", "other"),
+    ],
+)  # fmt: skip
+def test_what_a_call_takes_and_what_metrics_call_it(method: str, path: str, role: str, name: str) -> None:
+    assert needed(method, path) == role and endpoint_of(path) == name
+
+
+def test_a_request_is_told_with_its_status_and_keeps_its_id(tokens: Tokens) -> None:
+    told: list[tuple[str, int, float]] = []
+    seen: list[tuple[str, float | None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((request_id.get(), until.get()))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    set_guard(Guard(Tokens(ServingSettings()), 10_000, lambda *said: told.append(said)))
+    for headers in ([(b"x-request-id", b"mine"), (b"x-deadline-ms", b"1000")], [(b"x-request-id", b"a\nb" * 100)]):
+        asyncio.run(Guarded(app)({"type": "http", "method": "GET", "path": "/stats", "headers": headers}, gone, nothing))
+    assert [(e, s) for e, s, _ in told] == [("/stats", 204)] * 2
+    (mine, moment), (made, none) = seen
+    assert mine == "mine" and moment is not None and 0 < moment - time.time() < 1.1
+    assert len(made) == 32 and made.isalnum() and none is None
+
+
+async def gone() -> dict[str, Any]:
+    return {"type": "http.disconnect"}
+
+
+async def nothing(message: Any) -> None: ...
