@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import httpx
 
 from benchmarks.report import RESULTS, finish
 from benchmarks.serve_latency import LUA
-from benchmarks.served import Deployed, free_port, started
+from benchmarks.served import Callers, Deployed, free_port, started
 from mtrec_ray import storage
 from mtrec_ray.serving.history import PreparedHistories
 
@@ -46,37 +45,29 @@ def answered(port: int) -> dict[str, set[str]]:
     return out
 
 
-class Watch:
+class Watch(Callers):
     """Replicas over time, and when a second one of each deployment answered."""
 
     def __init__(self, deployed: Deployed, metrics: int) -> None:
+        super().__init__(2)
         self.deployed, self.metrics, self.began = deployed, metrics, time.monotonic()
         self.replicas: list[tuple[float, dict[str, int]]] = []
         self.second: dict[str, float] = {}
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._count, self._ask)]
 
-    def __enter__(self) -> Watch:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(timeout=30)
+    def run(self, number: int) -> None:
+        (self._count, self._ask)[number]()
 
     def now(self) -> float:
         return time.monotonic() - self.began
 
     def _count(self) -> None:
-        while not self._stop.wait(0.25):
+        while not self.stop.wait(0.25):
             found = self.deployed.running()
             if not self.replicas or self.replicas[-1][1] != found:
                 self.replicas.append((self.now(), found))
 
     def _ask(self) -> None:
-        while not self._stop.wait(0.5):
+        while not self.stop.wait(0.5):
             for deployment, replicas in answered(self.metrics).items():
                 if len(replicas) > 1:
                     self.second.setdefault(deployment, self.now())

@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from benchmarks.report import finish
-from benchmarks.served import DEPLOYMENTS, Deployed, free_port, started
+from benchmarks.served import DEPLOYMENTS, Callers, Deployed, free_port, started
 from mtrec_ray import bundle, golden, storage
 from mtrec_ray.predictor import History
 from mtrec_ray.serving.history import PreparedHistories
@@ -69,30 +68,19 @@ class Valkey:
         self.server._process.wait()
 
 
-class Load:
+class Load(Callers):
     """Callers; every answer is noted with its beginning."""
 
     def __init__(
         self, url: str, users: list[str], items: list[str], asked: list[dict[str, Any]], expected: dict[str, list[Any]]
     ) -> None:
+        super().__init__(THREADS)
         self.url, self.users, self.items, self.asked, self.expected = url, users, items, asked, expected
         self.answers: list[tuple[float, int, str]] = []
         self.acknowledged: set[tuple[str, str]] = set()
         self.mixed, self.degraded, self.bundles = list[str](), Counter[str](), Counter[str]()
-        self.stop, self._lock = threading.Event(), threading.Lock()
-        self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(THREADS)]
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for thread in self._threads:
-            thread.join(timeout=90)
-
-    def _run(self, number: int) -> None:
+    def run(self, number: int) -> None:
         rng, count = random.Random(number), 0
         client = httpx.Client(base_url=self.url, timeout=60)
         while not self.stop.wait(rng.uniform(0.2, 0.5)):
@@ -112,7 +100,7 @@ class Load:
                 status, found = answer.status_code, answer.json() if answer.status_code == 200 else {}
             except (httpx.TransportError, ValueError):
                 status, found, client = 0, {}, httpx.Client(base_url=self.url, timeout=60)
-            with self._lock:
+            with self.lock:
                 self.answers.append((began, status, path))
                 self.degraded.update(m for m in found.get("degraded", []) if m != "no_history")
                 if status == 200 and path == "/events":

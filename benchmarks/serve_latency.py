@@ -6,7 +6,8 @@ clients. Variants: the graph (five deployments) and the fused service (one), eac
 process around the same predictor, the predictor called in process, and an empty graph: an ingress that calls three deployments, one
 after the other, which do nothing (what Serve itself takes). User states are not remembered (cached_states: 0), except in the
 variants that say so, and in the measurement of what a repeated request costs: CPU seconds of all processes of the service per
-request, the same user again and again, against the same without remembering.
+request, the same user again and again, against the same without remembering. Last, what a service with a queue of two says to 32
+clients at once: 429 with Retry-After, and no other error.
 
 Value: milliseconds that the graph in throughput mode adds at one client to the predictor's own p50.
 """
@@ -21,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,27 @@ def repeated(port: int, service: psutil.Process, script: Path, seconds: float) -
     return 1e3 * (cpu_seconds(service) - before) / (found["requests_per_second"] * seconds)
 
 
+def overloaded(run: str, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """32 clients at a service that takes two requests and lets two wait -> how many of which status, and what 429 says."""
+    port = free_port()
+    options = {"num_replicas": 1, "max_ongoing_requests": 2, "max_queued_requests": 2, "ray_actor_options": {"num_cpus": 0.1},
+               "backpressure_config": {"status_code": 429, "retry_after_s": 1}}  # fmt: skip
+    serving = {"store": {"kind": "sqlite", "path": str(folder / f"overload{port}.sqlite")}}
+    statuses, retry = Counter[int](), set[str | None]()
+
+    def ask(_: int) -> None:
+        with httpx.Client(timeout=60) as client:
+            for _ in range(10):
+                answer = client.post(f"http://127.0.0.1:{port}/recommend", json={"user_id": "1"})
+                statuses[answer.status_code] += 1
+                if answer.status_code == 429:
+                    retry.add(answer.headers.get("retry-after"))
+
+    with started(serve_command(run, port, serving, True, options), port, environment), ThreadPoolExecutor(32) as pool:
+        list(pool.map(ask, range(32)))
+    return {"statuses": {str(k): v for k, v in sorted(statuses.items())}, "retry_after": sorted(map(str, retry))}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the service adds to the predictor.")
     parser.add_argument("--run", default="runs/demo", help="a run of ML-100K, such as make demo leaves")
@@ -198,6 +222,7 @@ def main() -> int:
         port = free_port()
         with started(serve("fused", port, cached), port, THROUGHPUT) as service:
             cost[cached] = repeated(port, service, folder / "one", args.seconds)
+    overload = {m: overloaded(run, folder, e) for m, e in (("default", {}), ("throughput", THROUGHPUT))}
     shutil.rmtree(folder)
     base = min(rounds["predictor_p50_ms"], rounds["predictor_p50_ms_again"])
     added = {n: v["1"]["p50_ms"] - base for n, v in rounds.items() if n.startswith(("graph", "fused"))}
@@ -205,9 +230,11 @@ def main() -> int:
     fused = max(rounds["fused_throughput"][str(c)]["requests_per_second"] for c in CLIENTS)
     empty = {m: rounds[f"empty_{m}"]["1"]["p50_ms"] for m in ("default", "throughput")}
     detail = {"variants": rounds, "added_ms": added, "empty_graph_ms": empty, "fused_over_bare": fused / bare}
+    detail["overload"] = overload
     detail |= {"cpu_ms": {"first": cost[0], "repeated": cost[4096]}, "repeated_over_first": cost[4096] / cost[0]}
     print(json.dumps(detail["added_ms"]), file=sys.stderr)
     ok = added["graph_default"] <= ADDED and added["graph_throughput"] <= ADDED_THROUGHPUT
+    ok = ok and all(set(o["statuses"]) <= {"200", "429"} and "429" in o["statuses"] for o in overload.values())
     ok = ok and detail["fused_over_bare"] >= OF_BARE and detail["repeated_over_first"] <= REPEATED
     target = f"<= {ADDED_THROUGHPUT} (default <= {ADDED}), fused >= {OF_BARE} x bare, repeated <= {REPEATED} x first"
     return finish("serve_latency", added["graph_throughput"], "ms added at one client in throughput mode", target, ok, detail)

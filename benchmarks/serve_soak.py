@@ -17,7 +17,6 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,35 +26,24 @@ import httpx
 import numpy as np
 
 from benchmarks.report import finish
-from benchmarks.served import free_port, pss_bytes, serve_command, started
+from benchmarks.served import Callers, free_port, pss_bytes, serve_command, started
 from mtrec_ray import storage
 from mtrec_ray.serving.history import PreparedHistories
 
 GROWTH, THREADS = 0.05, 6
 
 
-class Load:
+class Load(Callers):
     """Requests of all kinds, from several threads, at a rate."""
 
     def __init__(self, url: str, users: list[str], items: list[str], per_second: float) -> None:
+        super().__init__(THREADS)
         self.url, self.users, self.items, self.pause = url, users, items, THREADS / per_second
         self.statuses: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.acknowledged: set[tuple[str, str]] = set()
-        self.stop, self._lock = threading.Event(), threading.Lock()
-        self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(THREADS)]
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for thread in self._threads:
-            thread.join(timeout=60)
-
-    def _run(self, number: int) -> None:
+    def run(self, number: int) -> None:
         rng, count = random.Random(number), 0
         with httpx.Client(base_url=self.url, timeout=60) as client:
             while not self.stop.wait(self.pause * rng.uniform(0.5, 1.5)):
@@ -67,7 +55,7 @@ class Load:
                 except httpx.TransportError as error:
                     status = 0
                     answer = error  # type: ignore[assignment]
-                with self._lock:
+                with self.lock:
                     self.statuses[f"{method} {path.split('/')[1]} {status}"] += 1
                     if status != expected and len(self.wrong) < 50:
                         self.wrong.append(

@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -84,6 +85,27 @@ def cpu_seconds(service: psutil.Process) -> float:
         except psutil.NoSuchProcess:
             pass
     return total
+
+
+class Callers:
+    """Threads that call a service until told to stop."""
+
+    def __init__(self, threads: int) -> None:
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self.run, args=(n,), daemon=True) for n in range(threads)]
+
+    def run(self, number: int) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self._threads:
+            thread.join(timeout=90)
 
 
 def pss_bytes(service: psutil.Process) -> int:

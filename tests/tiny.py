@@ -227,3 +227,23 @@ def write_encoder(folder: Path) -> Path:
     config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def with_item_texts(folder: Path) -> Callable[[dict[str, Any]], None]:
+    """Items have texts and a category; what is seen is left out."""
+
+    def change(raw: dict[str, Any]) -> None:
+        raw["encoder"] = {"model": str(folder / "encoder"), "batch_size": 8}
+        raw["data"] |= {"exclude_seen": True, "item_features": {"genre": {"kind": "categorical"}}}
+
+    return change
+
+
+def write_shop(folder: Path) -> tuple[RunConfig, storage.Directory, storage.Directory, Predictor]:
+    """A run directory to serve, with item texts -> its configuration, data, text vectors and predictor."""
+    write_log(folder)
+    write_encoder(folder / "encoder")
+    config = make_config(folder, with_item_texts(folder))
+    data = prepare_locally(config, folder / "data")
+    text = encode_locally(config, data, folder / "text")
+    return config, data, text, write_bundle(config, data, train_locally(config, data, text), folder / "bundle", text)

@@ -28,17 +28,7 @@ def url(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     from serve_apps.recommend import Args, build
 
     folder = tmp_path_factory.mktemp("page")
-    tiny.write_log(folder)
-    tiny.write_encoder(folder / "encoder")
-
-    def change(raw: dict[str, Any]) -> None:
-        raw["encoder"] = {"model": str(folder / "encoder"), "batch_size": 8}
-        raw["data"] |= {"exclude_seen": True, "item_features": {"genre": {"kind": "categorical"}}}
-
-    config = tiny.make_config(folder, change)
-    data = tiny.prepare_locally(config, folder / "data")
-    text = tiny.encode_locally(config, data, folder / "text")
-    tiny.write_bundle(config, data, tiny.train_locally(config, data, text), folder / "bundle", text)
+    tiny.write_shop(folder)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {"Ingress": {"ray_actor_options": {"num_cpus": 0.1}}}

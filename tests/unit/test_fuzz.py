@@ -27,17 +27,7 @@ MORE = 1.15
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("fuzz")
-    tiny.write_log(folder)
-    tiny.write_encoder(folder / "encoder")
-
-    def change(raw: dict[str, Any]) -> None:
-        raw["encoder"] = {"model": str(folder / "encoder"), "batch_size": 8}
-        raw["data"] |= {"exclude_seen": True, "item_features": {"genre": {"kind": "categorical"}}}
-
-    config = tiny.make_config(folder, change)
-    data = tiny.prepare_locally(config, folder / "data")
-    text = tiny.encode_locally(config, data, folder / "text")
-    tiny.write_bundle(config, data, tiny.train_locally(config, data, text), folder / "bundle", text)
+    tiny.write_shop(folder)
     kept = ServingSettings.model_validate({"store": {"kind": "sqlite", "path": str(folder / "live.sqlite")}})
     found = Ingress.func_or_class.__mro__[1](str(folder / "bundle"), str(folder / "data"), settings=kept)
     asyncio.run(found.reconfigure({}))

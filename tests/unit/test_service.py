@@ -38,18 +38,8 @@ COLUMNS = {"name": "Thing 29", "genre": "even"}
 def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """Items with texts and a category."""
     folder = tmp_path_factory.mktemp("service")
-    tiny.write_log(folder)
-    tiny.write_encoder(folder / "encoder")
-
-    def change(raw: dict[str, Any]) -> None:
-        raw["encoder"] = {"model": str(folder / "encoder"), "batch_size": 8}
-        raw["data"] |= {"exclude_seen": True, "item_features": {"genre": {"kind": "categorical"}}}
-
-    config = tiny.make_config(folder, change)
-    data = tiny.prepare_locally(config, folder / "data")
-    text = tiny.encode_locally(config, data, folder / "text")
-    predictor = tiny.write_bundle(config, data, tiny.train_locally(config, data, text), folder / "bundle", text)
-    other = tiny.make_config(folder, lambda raw: (change(raw), raw.update(seed=5))[0])
+    config, data, text, predictor = tiny.write_shop(folder)
+    other = tiny.make_config(folder, lambda raw: (tiny.with_item_texts(folder)(raw), raw.update(seed=5))[0])
     tiny.write_bundle(other, data, tiny.train_locally(other, data, text), folder / "other", text)
     return TinyRun(folder, config, data, predictor)
 
