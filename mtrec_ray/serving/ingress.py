@@ -474,6 +474,17 @@ class Ingress(Stage):
 
         return await self._wholly(None, work)
 
+    @http.get("/items/{item_id}", response_model=api.ItemAnswer, responses=_NOT_FOUND)
+    async def get_item(self, item_id: api.PathId) -> dict[str, Any]:
+        """What became of an item; number 0: nothing, it is as the bundle has it."""
+        item_id = api.check_id(item_id)
+        if self.store is not None:
+            await self.in_store(self.items.refresh)
+        found = self.items.get(item_id)
+        if found is None and item_id not in self.versions.current.base.position:
+            raise UnknownItemError(item_id)
+        return _told(found or StoredItem(item_id))
+
     @http.patch("/items/{item_id}", response_model=api.ItemAnswer, responses=_NO_STORE | _NOT_FOUND)
     async def patch_item(self, item_id: api.PathId, request: api.ItemPatch) -> dict[str, Any]:
         """An item is out of stock, or blocked: it is in no list, but stays what it is in histories."""

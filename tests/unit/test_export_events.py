@@ -192,3 +192,20 @@ def test_a_list_is_not_judged_before_its_time_has_passed(made: Made, capsys: pyt
     arguments = ["--run", str(folder / "run"), "--to", str(folder / "features"), "--unanswered", "click"]
     assert job.main(arguments) == 0 and "0 shown items" in capsys.readouterr().out
     assert job.main([*arguments, "--within-minutes", "0"]) == 0 and "1 shown items" in capsys.readouterr().out
+
+
+def test_all_prepared_histories_are_in_the_store_at_once_and_once(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs import load_histories
+    from mtrec_ray.serving.sqlite_store import SqliteStore
+
+    folder, _ = made
+    keep(made, {"user": "u1", "item": "i3", "time": LATER, "actions": {"click": 1}})
+    for _ in range(2):
+        assert load_histories.main(["--run", str(folder / "run")]) == 0 and "loaded: 24 users" in capsys.readouterr().out
+    prepared = PreparedHistories(str(folder / "run" / "data"))
+    store = SqliteStore(folder / "run" / "live" / "histories.sqlite", ["click", "rating"], [], 14)  # it knows no prepared data
+    for user in prepared.user_ids():
+        found, expected = store._read(user)[0], prepared.get(user)
+        assert found is not None and expected is not None
+        assert list(found.history.item_ids) == [*expected.item_ids, *(["i3"] if user == "u1" else [])][-14:]
+    assert load_histories.main(["--run", str(folder / "nothing")]) == 2 and "nothing" in capsys.readouterr().err

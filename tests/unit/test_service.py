@@ -295,6 +295,9 @@ def test_blocked_unavailable_and_deleted_items_are_in_no_list_until_they_are_bac
         await service.patch_item(first, api.ItemPatch(available=True))
         await now(service)
         assert ids(await ask(service))[0] == first
+        assert (await service.get_item(second))["blocked"]
+        with pytest.raises(UnknownItemError):
+            await service.get_item("never heard of")
         with pytest.raises(UnknownItemError):
             await service.patch_item("never heard of", api.ItemPatch(blocked=True))
         await service.put_item(third, api.ItemRequest(columns=COLUMNS))
