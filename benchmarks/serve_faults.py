@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,21 +118,31 @@ class Load(Callers):
                         self.mixed.append(f"{place} {found['bundle'][:12]}")
 
 
-def kill_one(service: psutil.Process, deployment: str) -> int:
-    """kill -9 of one replica -> its process."""
+def replicas_of(service: psutil.Process, deployment: str) -> set[int]:
+    """Processes of a deployment's replicas."""
     name = f"ServeReplica:bench:{deployment}"
-    found = [c for c in service.children(recursive=True) if name in " ".join(c.cmdline())]
-    os.kill(found[0].pid, signal.SIGKILL)
-    return found[0].pid
+    found = set()
+    for child in service.children(recursive=True):
+        with suppress(psutil.Error):
+            if name in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
-def until_whole(deployed: Deployed, service: psutil.Process, without: int = 0) -> float:
-    """Seconds until there are two replicas of everything again."""
+def kill_one(deployed: Deployed, service: psutil.Process, deployment: str) -> float:
+    """kill -9 of one replica -> seconds until another one runs in its place."""
+    before = replicas_of(service, deployment)
+    os.kill(min(before), signal.SIGKILL)
+    return until_whole(deployed, lambda: bool(replicas_of(service, deployment) - before))
+
+
+def until_whole(deployed: Deployed, also: Callable[[], bool] = lambda: True) -> float:
+    """Seconds until two replicas of everything run."""
     began = time.monotonic()
     while time.monotonic() - began < 180:
         time.sleep(0.5)
         running = deployed.running()
-        if len(running) == len(DEPLOYMENTS) and all(n == 2 for n in running.values()) and not psutil.pid_exists(without):
+        if also() and len(running) == len(DEPLOYMENTS) and all(n == 2 for n in running.values()):
             return time.monotonic() - began
     raise RuntimeError(f"the service did not become whole again: {deployed.status()}")
 
@@ -156,7 +168,7 @@ def main() -> int:
     serving = {"store": {"kind": "redis", "url": store.url}, "deadline_ms": 20_000}
     deployed, faults = Deployed(folder, run, port, serving, options), list[dict[str, Any]]()
     with started(deployed.command, port, {}) as service:
-        until_whole(deployed, service)
+        until_whole(deployed)
         time.sleep(CALM)
         with Load(f"http://127.0.0.1:{port}", users, items, asked, expected) as load:
             time.sleep(CALM)
@@ -169,7 +181,7 @@ def main() -> int:
                 time.sleep(CALM)
 
             for deployment in DEPLOYMENTS:
-                fault(f"kill {deployment}", lambda d=deployment: until_whole(deployed, service, kill_one(service, d)))
+                fault(f"kill {deployment}", lambda d=deployment: kill_one(deployed, service, d))
 
             def switched(to: str, **config: Any) -> float:
                 began = time.monotonic()
