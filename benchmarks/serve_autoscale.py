@@ -1,9 +1,11 @@
 """A step of load, and how the service grows and shrinks: `python -m benchmarks.serve_autoscale`.
 
-The graph, each deployment from one to three replicas (target of 2 ongoing requests, up after 2 s, down after 10 s), ML-100K. wrk: 1
-client, then 32, then 1 again. The number of replicas of every deployment is read from Serve each quarter of a second; a second
-replica counts from its first answer, which is read from Serve's own counters (requests by replica, on Ray's Prometheus endpoint).
-On two cores more replicas do not answer more: what is measured is that they come, how soon, and that they go.
+The graph in throughput mode, each deployment from one to three replicas, up after 2 s, down after 10 s (targets of 0.15 ongoing
+requests for the ingress and 0.05 for the stages: the load must leave a new replica processor to start with), ML-100K, states not
+remembered. wrk: one request per second, then about fourteen, then one again. The number of replicas of every deployment is read
+from Serve each quarter of a second; a second replica counts from its first answer, which is read from Serve's own counters
+(requests by replica, on Ray's Prometheus endpoint). A replica that starts spends about seven seconds of processor on importing Ray,
+torch and FastAPI; loading this bundle and asking it the golden requests takes a tenth of a second.
 
 Value: seconds from the step to the first answer of a second replica of the slowest deployment on the way of a request.
 """
@@ -25,11 +27,12 @@ import httpx
 
 from benchmarks.report import RESULTS, finish
 from benchmarks.serve_latency import LUA
-from benchmarks.served import Callers, Deployed, free_port, started
+from benchmarks.served import THROUGHPUT, Callers, Deployed, free_port, started
 from mtrec_ray import storage
 from mtrec_ray.serving.history import PreparedHistories
 
-BEFORE, STEP, AFTER, TARGET = 15.0, 60.0, 75.0, 30.0
+BEFORE, STEP, AFTER, TARGET = 15.0, 75.0, 75.0, 60.0
+CLIENTS, PAUSE_MS = 14, 950
 ON_THE_WAY = ("Ingress", "StateEncoder", "Retrieval", "Heads")
 COUNTER = re.compile(r"^ray_serve_deployment_request_counter_total\{(.*)\} ([\d.e+]+)$", re.MULTILINE)
 
@@ -67,9 +70,10 @@ class Watch(Callers):
                 self.replicas.append((self.now(), found))
 
     def _ask(self) -> None:
+        before = answered(self.metrics)
         while not self.stop.wait(0.5):
             for deployment, replicas in answered(self.metrics).items():
-                if len(replicas) > 1:
+                if replicas - before.get(deployment, set()):
                     self.second.setdefault(deployment, self.now())
 
 
@@ -87,7 +91,7 @@ def plot(watch: Watch, step: float, end: float, whole: float, file: Path) -> Non
         axis.axvspan(step, end, color="#d5dce3", zorder=0)
         axis.set_ylabel(name, rotation=0, ha="right")
         axis.set_ylim(0, 3.5)
-    axes[-1].set_xlabel("seconds; grey: 32 clients, else 1")
+    axes[-1].set_xlabel("seconds; grey: 14 requests per second, else 1")
     figure.suptitle("Replicas under a step of load")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -102,23 +106,26 @@ def main() -> int:
         return 2
     run, folder, port, metrics = storage.absolute(args.run), Path(tempfile.mkdtemp()), free_port(), free_port()
     users = list(PreparedHistories(f"{run}/data").user_ids())
-    (folder / "all").write_text(LUA % ",".join(json.dumps(u) for u in users), encoding="utf-8")
-    scaling = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 2, "upscale_delay_s": 2, "downscale_delay_s": 10,
+    script = LUA % ",".join(json.dumps(u) for u in users) + f"function delay() return {PAUSE_MS} end\n"
+    (folder / "all").write_text(script, encoding="utf-8")
+    scaling = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 0.05, "upscale_delay_s": 2, "downscale_delay_s": 10,
                "look_back_period_s": 3, "metrics_interval_s": 1}  # fmt: skip
-    options: dict[str, Any] = {"autoscaling_config": scaling, "max_ongoing_requests": 16, "ray_actor_options": {"num_cpus": 0.1}}
-    serving = {"store": {"kind": "sqlite", "path": str(folder / "live.sqlite")}, "deadline_ms": 60_000}
+    options: dict[str, Any] = {"autoscaling_config": scaling, "max_ongoing_requests": 64, "ray_actor_options": {"num_cpus": 0.1}}
+    serving = {"store": {"kind": "sqlite", "path": str(folder / "live.sqlite")}, "deadline_ms": 60_000, "cached_states": 0}
     deployed = Deployed(folder, run, port, serving, options, _metrics_export_port=metrics)
+    deployed.application["deployments"][0]["autoscaling_config"] = {**scaling, "target_ongoing_requests": 0.15}
+    deployed.deploy()
 
     def load(clients: int, seconds: float) -> str:
         command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "--timeout", "60s", "--latency", "-s", str(folder / "all")]
         return subprocess.run([*command, f"http://127.0.0.1:{port}"], capture_output=True, text=True, check=True).stdout
 
-    with started(deployed.command, port, {"RAY_metrics_report_interval_ms": "1000"}) as _:
+    with started(deployed.command, port, {"RAY_metrics_report_interval_ms": "1000", **THROUGHPUT}) as _:
         load(1, 10)
         with Watch(deployed, metrics) as watch:
             texts = [load(1, BEFORE)]
             step = watch.now()
-            texts.append(load(32, STEP))
+            texts.append(load(CLIENTS, STEP))
             end = watch.now()
             texts.append(load(1, AFTER))
             whole = watch.now()

@@ -253,13 +253,11 @@ class TextEncoder(Stage):
     """Texts → vectors, of items that join and of searches."""
 
     async def settled(self, found: list[Version]) -> None:
-        """The language model is loaded before somebody waits for it, and while others are served."""
-        if found[0].base.text_encoder is not None:
-            self._warming = asyncio.get_running_loop().create_task(self._warm(found[0]))
-
-    async def _warm(self, version: Version) -> None:
+        """The language model is loaded before somebody waits for it: a replica that starts is not there before."""
+        if found[0].base.text_encoder is None:
+            return
         try:
-            await self.worker.run(version.encode, ["a text"])
+            await self.worker.run(found[0].encode, ["a text"])
         except EncoderError as error:  # callers are told; everything else goes on
             log.error("no TextEncoder", extra={"reason": str(error)})
 

@@ -35,11 +35,12 @@ def test_the_head_type_exists_and_gpu_workers_train() -> None:
     assert sum(t.get("max_workers", 0) for t in cluster["available_node_types"].values()) <= cluster["max_workers"]
 
 
-def test_serve_yaml_configures_four_autoscaling_deployments_on_loopback() -> None:
+def test_serve_yaml_configures_five_autoscaling_deployments_on_loopback() -> None:
     app = yaml.safe_load((ROOT / "serve_apps" / "recommend.yaml").read_text())
     assert app["http_options"]["host"] == "127.0.0.1"
     deployments = app["applications"][0]["deployments"]
-    assert {d["name"] for d in deployments} == {"Ingress", "StateEncoder", "Retrieval", "Heads"}
+    assert {d["name"] for d in deployments} == {"Ingress", "StateEncoder", "Retrieval", "Heads", "TextEncoder"}
+    assert len({str(d["user_config"]) for d in deployments}) == 1  # a rollout is one anchor
     assert all(d["autoscaling_config"]["max_replicas"] > d["autoscaling_config"]["min_replicas"] for d in deployments)
 
 
