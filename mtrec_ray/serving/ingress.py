@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import time
 from collections import OrderedDict
@@ -19,30 +18,28 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi import HTTPException
+from fastapi.responses import HTMLResponse
 from ray import serve
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from mtrec_ray import bundle, golden
 from mtrec_ray.encoders.loading import EncoderError
-from mtrec_ray.predictor import FilterError, History, Predictor, Ranked, UnknownItemError
+from mtrec_ray.predictor import History, Predictor, Ranked, UnknownItemError
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.serving import api, guard
+from mtrec_ray.serving.app import http
 from mtrec_ray.serving.deployments import Stage, here
-from mtrec_ray.serving.guard import Guard, Guarded, set_guard
+from mtrec_ray.serving.guard import Guard, set_guard
 from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.serving.impressions import ImpressionLog, ShownList, explore
-from mtrec_ray.serving.items import ItemError, ItemRules, StoredItem
+from mtrec_ray.serving.items import ItemRules, StoredItem
 from mtrec_ray.serving.ladder import HEADS_DOWN, RETRIEVAL_DOWN, STATE_CACHED, STATE_DOWN, STORE_DOWN, StageDownError, call
 from mtrec_ray.serving.meters import Meters
 from mtrec_ray.serving.settings import ServingSettings, Tokens
 from mtrec_ray.serving.stages import EncodedState, FloatArray, MixedBundlesError, Retrieved, Stamp, allowed
-from mtrec_ray.serving.store import SKEW_MS, EventError, EventRules, HistoryStore, StoreError
+from mtrec_ray.serving.store import SKEW_MS, EventRules, HistoryStore, StoreError
 from mtrec_ray.serving.versions import Version
-from mtrec_ray.serving.work import DeadlineError
 
 T = TypeVar("T")
 REASONS = 3
@@ -58,62 +55,6 @@ SHARE = {"StateEncoder": 0.4, "Retrieval": 0.5, "Heads": 0.7}
 PAGE = Path(__file__).parent / "page.html"
 
 log = logging.getLogger("ray.serve")
-
-http = FastAPI(
-    title="mtrec_ray",
-    description="Recommendations, scores, similar items and profiles from one multi-task model. Times are milliseconds UTC.",
-    version="1",
-)
-http.add_middleware(Guarded)
-
-
-@http.exception_handler(RequestValidationError)
-async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Where and why, without what was sent: it may be no number, and it may be somebody's text."""
-    detail = [{"loc": list(e["loc"]), "msg": e["msg"], "type": e["type"]} for e in error.errors()[:20]]
-    return JSONResponse({"detail": json.loads(json.dumps(detail, default=str))}, status_code=422)
-
-
-@http.exception_handler(UnknownItemError)
-async def _unknown_item(request: Request, error: UnknownItemError) -> JSONResponse:
-    return JSONResponse({"detail": str(error), "item_id": error.item_id}, status_code=404)
-
-
-@http.exception_handler(api.BadRequestError)
-@http.exception_handler(EventError)
-@http.exception_handler(ItemError)
-@http.exception_handler(FilterError)
-async def _bad_request(request: Request, error: ValueError) -> JSONResponse:
-    return JSONResponse({"detail": str(error)}, status_code=422)
-
-
-@http.exception_handler(EncoderError)
-async def _no_encoder(request: Request, error: EncoderError) -> JSONResponse:
-    return JSONResponse({"detail": f"this service cannot read texts: {error}"}, status_code=501)
-
-
-@http.exception_handler(StoreError)
-async def _store_down(request: Request, error: StoreError) -> JSONResponse:
-    """What cannot be kept is not acknowledged."""
-    detail = "the store cannot be reached; send this again (an event_id counts once)"
-    return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
-
-
-@http.exception_handler(MixedBundlesError)
-async def _mixed_bundles(request: Request, error: MixedBundlesError) -> JSONResponse:
-    detail = "a rollout is under way: stages have different bundles; try again"
-    return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
-
-
-@http.exception_handler(StageDownError)
-async def _stage_down(request: Request, error: StageDownError) -> JSONResponse:
-    """Nothing stands in for this answer."""
-    if isinstance(error.reason, BackPressureError):
-        return JSONResponse({"detail": f"{error.stage} has too much to do"}, status_code=429, headers={"Retry-After": "1"})
-    if isinstance(error.reason, TimeoutError | DeadlineError):
-        return JSONResponse({"detail": f"{error.stage} did not answer before the deadline"}, status_code=504)
-    return JSONResponse({"detail": f"{error.stage} does not answer"}, status_code=503, headers={"Retry-After": "1"})
-
 
 _NO_STORE: dict[int | str, dict[str, Any]] = {
     501: {"description": "The service keeps nothing (store.kind: none), or cannot read texts"},
@@ -233,7 +174,7 @@ class Ingress(Stage):
         predictor.check_weights(request.weights)
         predictor.check_where(request.where)
         predictor.check_caps(request.caps)
-        k = min(request.k, len(predictor.item_ids))
+        k = self._at_most(request.k, predictor)
         asked = await self._with_history(asked, request)
         weights = request.weights
         try:
@@ -393,7 +334,7 @@ class Ingress(Stage):
 
         async def work(asked: Asked) -> dict[str, Any]:
             asked.predictor.items([request.item_id])
-            k = min(request.k, len(asked.predictor.item_ids))
+            k = self._at_most(request.k, asked.predictor)
             ask = lambda: self.retrieval.similar.remote(asked.stamp, request.item_id, k, asked.until)  # noqa: E731
             items = await self._timed("Retrieval", ask, asked.until, 1.0)
             return {"item_id": request.item_id, "bundle": asked.stamp.bundle, "items": items, "degraded": []}
@@ -406,7 +347,7 @@ class Ingress(Stage):
 
         async def work(asked: Asked) -> dict[str, Any]:
             asked.predictor.check_where(request.where)
-            k, name = min(request.k, len(asked.predictor.item_ids)), asked.stamp.bundle
+            k, name = self._at_most(request.k, asked.predictor), asked.stamp.bundle
             ask = lambda: self.texts.encode.remote(name, [request.text], asked.until)  # noqa: E731
             (vector,), _ = await self._timed("TextEncoder", ask, asked.until)
             find = lambda: self.retrieval.search.remote(asked.stamp, vector, k, request.where, asked.until)  # noqa: E731
@@ -663,6 +604,9 @@ class Ingress(Stage):
         if found is None:
             return History(), f"{self.prepared.version}:0"
         return found.history, f"{self.prepared.version}:{found.version}"
+
+    def _at_most(self, k: int, predictor: Predictor) -> int:
+        return min(k, len(predictor.item_ids), self.settings.max_k)
 
     def _check_context(self, predictor: Predictor, context: Mapping[str, api.Value]) -> None:
         api.check_context(context, {c.name: c for c in predictor.schema.request_features})

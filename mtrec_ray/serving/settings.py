@@ -68,6 +68,8 @@ class ServingSettings(_Settings):
     """Requests that a replica's torch thread does together, at most; it never waits for more to come."""
     max_together: int = Field(default=100, ge=1, le=1000)
     """Requests in one call of `/recommend/many`."""
+    max_k: int = Field(default=10_000, ge=1)
+    """Items of one answer; whoever asks for more gets so many."""
     deadline_ms: int = Field(default=5_000, ge=1)
     """For an answer whose caller names no other (X-Deadline-Ms)."""
     impressions: float = Field(default=0.0, ge=0, le=1)

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mtrec_ray.serving.ingress import Ingress, http
+from mtrec_ray.serving.app import http
+from mtrec_ray.serving.ingress import Ingress
 from mtrec_ray.serving.settings import ServingSettings
 from tests import tiny
 

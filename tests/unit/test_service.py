@@ -104,6 +104,12 @@ def test_many_users_in_one_call_get_what_each_gets_alone(make: Make) -> None:
     asyncio.run(work(make()))
 
 
+def test_nobody_gets_more_than_max_k(make: Make) -> None:
+    service = make(max_k=4)
+    assert len(ids(asyncio.run(ask(service, k=10**9)))) == 4
+    assert len(asyncio.run(service.similar(api.SimilarRequest(item_id="i3", k=10**9)))["items"]) == 4
+
+
 # ------------------------------------------------------------------ versions
 
 
