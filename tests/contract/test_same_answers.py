@@ -24,6 +24,7 @@ from mtrec_ray.evaluation.measure import Model, measure
 from mtrec_ray.predictor import History
 from mtrec_ray.scoring.batch import score
 from mtrec_ray.serving.history import PreparedHistories
+from mtrec_ray.serving.settings import ServingSettings
 from mtrec_ray.training.feed import WindowCache
 from tests import tiny
 
@@ -70,7 +71,8 @@ def client(ray_cluster: Any, run: tuple[Path, RunConfig]) -> Iterator[httpx.Clie
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {n: {"ray_actor_options": {"num_cpus": 0.1}} for n in ("Ingress", "StateEncoder", "Retrieval", "Heads")}
-    serve.run(build(Args(run=str(run[0]), options=options)), name="contract", route_prefix="/")
+    patient = ServingSettings(deadline_ms=60_000)  # a busy machine degrades nothing
+    serve.run(build(Args(run=str(run[0]), options=options, serving=patient)), name="contract", route_prefix="/")
     assert YAML.exists()
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as c:
         yield c

@@ -23,6 +23,7 @@ from mtrec_ray.serving.api import RecommendRequest
 from mtrec_ray.serving.deployments import Heads, Here, Retrieval, StateEncoder
 from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.serving.ingress import Ingress
+from mtrec_ray.serving.settings import ServingSettings
 from mtrec_ray.training.worker import load_schema
 from tests import tiny
 from tests.contract.test_same_answers import assert_same
@@ -74,7 +75,7 @@ def ingress(run: tuple[Path, RunConfig, Predictor]) -> Any:
     """The ingress with its three stages, without Serve between them."""
     root, data = str(run[0] / "bundle"), str(run[0] / "data")
     stages = [Here(d.func_or_class(root)) for d in (StateEncoder, Retrieval, Heads)]
-    return Ingress.func_or_class.__mro__[1](root, data, *stages)
+    return Ingress.func_or_class.__mro__[1](root, data, *stages, settings=ServingSettings(deadline_ms=60_000))
 
 
 def test_predictor_batch_and_http_agree_for_a_thousand_users(

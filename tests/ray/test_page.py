@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mtrec_ray.serving.settings import ServingSettings
 from tests import tiny
 from tests.ray.test_serving import free_port
 
@@ -32,7 +33,8 @@ def url(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {"Ingress": {"ray_actor_options": {"num_cpus": 0.1}}}
-    serve.run(build(Args(run=str(folder), options=options, fused=True)), name="page", route_prefix="/")
+    patient = ServingSettings(deadline_ms=60_000)  # a busy machine degrades nothing
+    serve.run(build(Args(run=str(folder), options=options, fused=True, serving=patient)), name="page", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 

@@ -95,6 +95,7 @@ def test_serve_deploy_with_the_yaml_gives_five_autoscaling_deployments(
     wanted = {"autoscaling_config", "max_queued_requests", "user_config"}
     assert all(wanted <= set(d) for d in application["deployments"])
     application["args"]["run"] = str(tiny_run.folder)
+    application["args"]["serving"]["deadline_ms"] = 60_000  # a busy machine degrades nothing
     for deployment in application["deployments"]:
         deployment["ray_actor_options"]["num_cpus"] = 0.1  # the suite's cluster is small
     port = settings["http_options"]["port"] = free_port()

@@ -52,7 +52,9 @@ def make(run: TinyRun, tmp_path: Path) -> Make:
     """A service: its stages in this process, each with bundles of its own, as in replicas of their own."""
 
     def build(fused: bool = False, **settings: Any) -> Any:
-        chosen = ServingSettings.model_validate({"store": {"kind": "sqlite", "path": str(tmp_path / "live.sqlite")}} | settings)
+        chosen = ServingSettings.model_validate(
+            {"store": {"kind": "sqlite", "path": str(tmp_path / "live.sqlite")}, "deadline_ms": 60_000} | settings
+        )
         root, data = run.bundle_root, str(run.folder / "data")
         stages = [] if fused else [Here(d.func_or_class(root, data, chosen)) for d in (StateEncoder, Retrieval, Heads, TextEncoder)]
         return Ingress.func_or_class.__mro__[1](root, data, *stages, settings=chosen)
