@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mtrec_ray import bundle, golden, storage
+from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.predictor import History, Predictor, UnknownItemError
 from mtrec_ray.serving import api, guard
 from mtrec_ray.serving.deployments import Heads, Here, Retrieval, StateEncoder, TextEncoder
@@ -251,6 +252,16 @@ def test_golden_requests_tell_another_model(run: TinyRun) -> None:
     other = bundle.load(str(run.folder / "other"))
     with pytest.raises(golden.GoldenError):
         golden.check(other, kept)
+
+
+def test_a_broken_model_has_no_golden_answers_and_cannot_be_rolled_out(run: TinyRun, tmp_path: Path) -> None:
+    broken = bundle.load(run.bundle_root)
+    broken.model.trunk.norm.weight.data.fill_(float("nan"))
+    text = storage.Directory(str(run.folder / "text"))
+    broken.model.text_NE = load_text_vectors(text.prefix, storage.read_table(run.data.path("catalogue.parquet")))
+    found = tiny.write_bundle(run.config, run.data, broken.model, tmp_path / "bundle", text)
+    with pytest.raises(golden.GoldenError, match="the model is broken"):
+        golden.check(found, bundle.golden_requests(str(tmp_path / "bundle")))
 
 
 # ------------------------------------------------------------------ items
