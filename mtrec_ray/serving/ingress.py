@@ -499,7 +499,7 @@ class Ingress(Stage):
         for last, choice in _last([version, version, *self.versions.others(version)]):
             number, predictor = choice.known()
             if number != self.items.number:
-                predictor = await self._newest(choice)
+                predictor = await self._live(choice)
             try:
                 return await work(Asked(choice, Stamp(choice.fingerprint, items=choice.known()[0]), predictor, until))
             except MixedBundlesError:
@@ -509,6 +509,10 @@ class Ingress(Stage):
 
     async def _newest(self, version: Version) -> Predictor:
         await self.in_store(self.items.refresh)
+        return await self._live(version)
+
+    async def _live(self, version: Version) -> Predictor:
+        """For the catalogue as this replica knows it; it does not ask the store, which may be down."""
         _, predictor = await asyncio.get_running_loop().run_in_executor(self._loader, version.live, self.items)
         return predictor
 
@@ -528,8 +532,7 @@ class Ingress(Stage):
                 if self.store is not None:
                     before = self.items.number
                     if await self.in_store(self.items.refresh) != before:
-                        for version in [self.versions.current]:
-                            await asyncio.get_running_loop().run_in_executor(self._loader, version.live, self.items)
+                        await self._live(self.versions.current)
                 self.versions.drain()
             except StoreError:
                 pass  # requests say so
