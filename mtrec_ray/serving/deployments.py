@@ -98,8 +98,10 @@ class Stage:
         except asyncio.CancelledError:  # another one came
             raise
         except Exception as error:
-            self.versions.refused[str(dict(config).get("bundle"))] = f"{type(error).__name__}: {error}"
-            log.error("rollout refused", extra={"reason": f"{type(error).__name__}: {error}"})
+            reason = f"{type(error).__name__}: {error}"
+            if reason not in self.versions.refused.values():  # loading has told which of them it was
+                self.versions.refused[str(dict(config).get("bundle"))] = reason
+            log.error("rollout refused", extra={"reason": reason})
             return
         self.versions.switch(rollout, found)
         log.info("rollout", extra={"bundle": found[0].fingerprint[:12]})

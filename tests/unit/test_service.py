@@ -245,6 +245,16 @@ def test_the_canary_answers_its_share_of_the_users_always_the_same(make: Make, r
     asyncio.run(work(make(fused=True)))
 
 
+def test_a_wrong_canary_is_told_once_by_its_own_name(make: Make, run: TinyRun, tmp_path: Path) -> None:
+    async def work(service: Any) -> None:
+        await service.reconfigure({})
+        await service.reconfigure({"canary": str(tmp_path / "nothing"), "share": 0.5})
+        await service._rolling
+        assert list((await service.told_versions())["refused"]) == [str(tmp_path / "nothing")]
+
+    asyncio.run(work(make(fused=True)))
+
+
 def test_golden_requests_tell_another_model(run: TinyRun) -> None:
     kept = bundle.golden_requests(run.bundle_root)
     assert len(kept["requests"]) == golden.REQUESTS and kept["requests"][0]["item_ids"] == []
