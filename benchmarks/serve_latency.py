@@ -6,8 +6,8 @@ clients. Variants: the graph (five deployments) and the fused service (one), eac
 process around the same predictor, the predictor called in process, and an empty graph: an ingress that calls three deployments, one
 after the other, which do nothing (what Serve itself takes). User states are not remembered (cached_states: 0), except in the
 variants that say so, and in the measurement of what a repeated request costs: CPU seconds of all processes of the service per
-request, the same user again and again, against the same without remembering. Last, what a service with a queue of two says to 32
-clients at once: 429 with Retry-After, and no other error.
+request, less what they take while nobody asks, the same user again and again, against the same without remembering. Last, what a
+service with a queue of two says to 32 clients at once: 429 with Retry-After, and no other error.
 
 Value: milliseconds that the graph in throughput mode adds at one client to the predictor's own p50.
 """
@@ -154,8 +154,11 @@ def repeated(port: int, service: psutil.Process, script: Path, seconds: float) -
     """CPU milliseconds of the whole service for a request of one user, over and over."""
     load(port, 1, WARM, script)
     before = cpu_seconds(service)
+    time.sleep(seconds)
+    idle = cpu_seconds(service) - before
+    before = cpu_seconds(service)
     found = load(port, 1, seconds, script)
-    return 1e3 * (cpu_seconds(service) - before) / (found["requests_per_second"] * seconds)
+    return 1e3 * (cpu_seconds(service) - before - idle) / (found["requests_per_second"] * seconds)
 
 
 def overloaded(run: str, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -219,10 +222,11 @@ def main() -> int:
     rounds["bare_again"] = variant(lambda port: [sys.executable, "-c", BARE, run, str(port)], {})
     rounds["predictor_p50_ms_again"] = in_process(run, users)
     cost = {}
-    for cached in (0, 4096):
-        port = free_port()
-        with started(serve("fused", port, cached), port, THROUGHPUT) as service:
-            cost[cached] = repeated(port, service, folder / "one", args.seconds)
+    for kind in ("fused", "graph"):
+        for cached in (0, 4096):
+            port = free_port()
+            with started(serve(kind, port, cached), port, THROUGHPUT) as service:
+                cost[kind, cached] = repeated(port, service, folder / "one", args.seconds)
     overload = {m: overloaded(run, folder, e) for m, e in (("default", {}), ("throughput", THROUGHPUT))}
     shutil.rmtree(folder)
     base = min(rounds["predictor_p50_ms"], rounds["predictor_p50_ms_again"])
@@ -232,11 +236,12 @@ def main() -> int:
     empty = {m: rounds[f"empty_{m}"]["1"]["p50_ms"] for m in ("default", "throughput")}
     detail = {"variants": rounds, "added_ms": added, "empty_graph_ms": empty, "fused_over_bare": fused / bare}
     detail["overload"] = overload
-    detail |= {"cpu_ms": {"first": cost[0], "repeated": cost[4096]}, "repeated_over_first": cost[4096] / cost[0]}
+    kinds = {k: {"first": cost[k, 0], "repeated": cost[k, 4096]} for k in ("fused", "graph")}
+    detail |= {"cpu_ms": kinds, "repeated_over_first": {k: v["repeated"] / v["first"] for k, v in kinds.items()}}
     print(json.dumps(detail["added_ms"]), file=sys.stderr)
     ok = added["graph_default"] <= ADDED and added["graph_throughput"] <= ADDED_THROUGHPUT
     ok = ok and all(set(o["statuses"]) <= {"200", "429"} and "429" in o["statuses"] for o in overload.values())
-    ok = ok and detail["fused_over_bare"] >= OF_BARE and detail["repeated_over_first"] <= REPEATED
+    ok = ok and detail["fused_over_bare"] >= OF_BARE and max(detail["repeated_over_first"].values()) <= REPEATED
     target = f"<= {ADDED_THROUGHPUT} (default <= {ADDED}), fused >= {OF_BARE} x bare, repeated <= {REPEATED} x first"
     return finish("serve_latency", added["graph_throughput"], "ms added at one client in throughput mode", target, ok, detail)
 

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from mtrec_ray.serving.impressions import ImpressionLog, ShownList, explore
 from mtrec_ray.serving.items import ItemRules, StoredItem
 from mtrec_ray.serving.ladder import HEADS_DOWN, RETRIEVAL_DOWN, STATE_CACHED, STATE_DOWN, STORE_DOWN, StageDownError, call
 from mtrec_ray.serving.meters import Meters
+from mtrec_ray.serving.remembered import Users
 from mtrec_ray.serving.settings import ServingSettings, Tokens
 from mtrec_ray.serving.stages import EncodedState, FloatArray, MixedBundlesError, Retrieved, Stamp, allowed
 from mtrec_ray.serving.store import SKEW_MS, EventRules, HistoryStore, StoreError
@@ -135,7 +135,7 @@ class Ingress(Stage):
         stages: tuple[Any, ...] = tuple(local) or (encoder, retrieval, heads, texts or _NoTexts())
         self.encoder, self.retrieval, self.heads, self.texts = stages
         self.fused = bool(local)
-        self._last = OrderedDict[tuple[str, str], EncodedState]()
+        self.remembered = Users(self.settings.cached_states)
         self.impressions = None
         if self.settings.impressions and self.store is not None:
             self.impressions = ImpressionLog(self.store.keep_impressions)
@@ -180,12 +180,11 @@ class Ingress(Stage):
         try:
             state, marks = await self._encoded(asked)
             state = self._excluding(predictor, state, request)
-            retrieved = await self._retrieved(asked, state, k, request)
+            retrieved, predictions, down = await self._ranked(asked, state, k, request)
             marks = [*marks, *state.degraded, *retrieved.degraded]
             candidates, stamp = retrieved.candidates, state.stamp
             if retrieved.items > stamp.items:  # it knows items that this replica does not
                 predictor = await self._newest(asked.version)
-            predictions, down = await self._scored(asked, state, retrieved, request)
             if down:
                 weights = {n: float(n == predictor.retrieval_name) for n in predictor.final_weights}
                 marks.append(HEADS_DOWN)
@@ -215,12 +214,10 @@ class Ingress(Stage):
         """The user's state; where StateEncoder fails, the last one that is known. Raises StageDownError where there is none.
 
         One that this replica remembers, of this version of the history, costs no call."""
-        key = (asked.stamp.bundle, asked.user_id or "")
-        known = self._last.get(key) if asked.user_id is not None else None
-        if known is not None and known.stamp == asked.stamp and known.stamp.items == asked.stamp.items:
-            self._last.move_to_end(key)
+        known = self.remembered.get(asked.stamp.bundle, asked.user_id)
+        if known is not None and known.follows(asked.stamp):
             self.meters.cache(True)
-            return known, list(asked.marks)
+            return known.state, list(asked.marks)
         try:
             until = asked.until
             ask = lambda: self.encoder.encode.remote(asked.stamp, asked.history, asked.user_id, until)  # noqa: E731
@@ -228,13 +225,25 @@ class Ingress(Stage):
         except StageDownError:
             if known is None:
                 raise
-            return known, [*asked.marks, STATE_CACHED]
-        if asked.user_id is not None and self.settings.cached_states:
-            self._last[key] = state
-            self._last.move_to_end(key)
-            while len(self._last) > self.settings.cached_states:
-                self._last.popitem(last=False)
+            return known.state, [*asked.marks, STATE_CACHED]
+        self.remembered.put(asked.user_id, state)
         return state, list(asked.marks)
+
+    async def _ranked(
+        self, asked: Asked, state: EncodedState, k: int, request: api.RecommendRequest
+    ) -> tuple[Retrieved, dict[str, torch.Tensor], bool]:
+        """Candidates, their predictions, and whether the heads failed. Raises StageDownError where Retrieval did.
+
+        The same list again, of the same state and without anything else that the request asks for, costs no call."""
+        plain = not (request.where or request.context) and request.candidates is None
+        known = self.remembered.get(asked.stamp.bundle, asked.user_id) if plain else None
+        if known is not None and (found := known.list_of(state, k)) is not None:
+            return *found, False
+        retrieved = await self._retrieved(asked, state, k, request)
+        predictions, down = await self._scored(asked, state, retrieved, request)
+        if known is not None and known.state is state and not down:
+            known.keep(k, retrieved, predictions)
+        return retrieved, predictions, down
 
     async def _retrieved(self, asked: Asked, state: EncodedState, k: int, request: api.RecommendRequest) -> Retrieved:
         filters = (request.where or None, request.candidates)

@@ -19,7 +19,7 @@ SINGLE = [
     "golden.py", "schema.py", "hashing.py", "expressions.py", "storage.py", "bundle.py", "predictor.py",
     "serving/history.py", "serving/api.py", "serving/store.py", "serving/sqlite_store.py", "serving/redis_store.py",
     "serving/settings.py", "serving/guard.py", "serving/export.py", "serving/items.py", "serving/impressions.py",
-    "serving/stages.py", "serving/versions.py", "serving/work.py",
+    "serving/stages.py", "serving/remembered.py", "serving/versions.py", "serving/work.py",
     "scoring/shards.py", "scoring/tables.py", "scoring/asked.py", "scoring/batch_size.py", "scoring/export.py",
     "data/partition.py", "data/windows.py", "data/sources", "data/validate.py", "data/catalogue.py", "data/shuffle.py",
     "data/ids.py", "data/lineage.py", "data/long.py", "data/maturity.py", "data/events.py", "data/fit.py", "data/build.py",

@@ -414,7 +414,7 @@ def test_heads_that_fail_leave_the_order_of_retrieval(make: Make, error: Excepti
         with pytest.raises(StageDownError):  # nothing stands in for a score
             await service.score(api.ScoreRequest(user_id="u1", item_ids=["i3"]))
 
-    asyncio.run(work(make(deadline_ms=400)))
+    asyncio.run(work(make(deadline_ms=400, cached_states=0)))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), None])
@@ -457,7 +457,7 @@ def test_an_approximate_index_that_fails_leaves_the_exact_one(make: Make, run: T
         found = await ask(service)
         assert found["degraded"] == ["index_exact"] and found["items"] == whole["items"]
 
-    asyncio.run(work(make()))
+    asyncio.run(work(make(cached_states=0)))
 
 
 def test_a_store_that_is_down_leaves_popularity_and_keeps_nothing(make: Make) -> None:
@@ -478,6 +478,24 @@ def test_a_store_that_is_down_leaves_popularity_and_keeps_nothing(make: Make) ->
             await service.put_item("fresh", api.ItemRequest(columns=COLUMNS))
 
     asyncio.run(work(make()))
+
+
+def test_a_store_that_went_down_after_items_changed_keeps_them_changed(make: Make) -> None:
+    async def work(service: Any) -> None:
+        await service.put_item("fresh", api.ItemRequest(columns=COLUMNS))
+        first = ids(await ask(service))[0]
+        await service.patch_item(first, api.ItemPatch(blocked=True))
+        await service.in_store(service.items.refresh)  # but no bundle has been made to follow yet
+
+        def down(*_: Any) -> Any:
+            raise StoreError("gone")
+
+        service._store.get = service.items._since = down
+        history = [api.Event(item_id="i1", timestamp=1, actions={"click": 1.0})]
+        found = await ask(service, user_id=None, history=history, candidates=["fresh", first, "i5"])
+        assert found["degraded"] == [] and first not in ids(found) and "fresh" in ids(found)
+
+    asyncio.run(work(make(fused=True)))
 
 
 def test_a_deadline_that_has_passed_is_answered_from_what_is_at_hand(make: Make) -> None:
@@ -533,6 +551,64 @@ def test_a_repeated_request_makes_no_pass_of_the_trunk(make: Make) -> None:
     asyncio.run(work(make(), 0))
     asyncio.run(work(make(fused=True), 0))
     asyncio.run(work(make(cached_states=0), 3))
+
+
+class Counted(Broken):
+    """A handle that counts what it is asked."""
+
+    def __init__(self, stage: Any) -> None:
+        self.stage, self.asked = stage, 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked += 1
+        return getattr(self.stage, name)
+
+
+def test_a_repeated_request_asks_no_stage_until_something_has_changed(make: Make) -> None:
+    async def work(service: Any, remembers: bool) -> None:
+        stages = [Counted(s) for s in (service.encoder, service.retrieval, service.heads)]
+        service.encoder, service.retrieval, service.heads = stages
+
+        async def asked(**body: Any) -> list[int]:
+            before = [s.asked for s in stages]
+            await ask(service, **body)
+            return [s.asked - b for s, b in zip(stages, before, strict=True)]
+
+        assert await asked() == [1, 1, 1]
+        first = await ask(service)
+        assert await asked() == ([0, 0, 0] if remembers else [1, 1, 1])
+        if not remembers:
+            return
+        one = ids(first)[0]
+        for other in ({"k": K - 1}, {"exclude": [one]}, {"exclude_seen": False}, {"where": {"genre": ["odd"]}}, {"candidates": [one]}):
+            assert await asked(**other) == [0, 1, 1], other  # the state is the same, the list is not
+        assert await asked(k=K - 1, weights={"retrieval": 0.5}) == [0, 0, 0]  # ordered anew of the same predictions
+        assert await asked(user_id=None, history=[]) == [1, 1, 1]
+        assert await asked(at=api.now_ms()) == [1, 1, 1]
+        event = api.LiveEvent(user_id="u1", item_id=one, timestamp=api.now_ms(), actions={"click": 1})
+        await service.events(api.EventsRequest(events=[event]))
+        assert one not in ids(await ask(service)) and await asked() == [0, 0, 0]
+        second = ids(await ask(service))[0]
+        await service.patch_item(second, api.ItemPatch(available=False))
+        await now(service)
+        assert second not in ids(await ask(service)) and await asked() == [0, 0, 0]
+
+    asyncio.run(work(make(), True))
+    asyncio.run(work(make(cached_states=0), False))
+
+
+def test_what_a_stage_could_not_answer_whole_is_not_remembered(make: Make) -> None:
+    async def work(service: Any) -> None:
+        heads = service.heads
+        service.heads = Broken(heads, "score", RuntimeError("out of memory"))
+        assert (await ask(service))["degraded"] == ["heads_down"]
+        service.heads = heads
+        whole = await ask(service)
+        assert whole["degraded"] == []
+        service.heads = Broken(heads, "score", RuntimeError("out of memory"))
+        assert await ask(service) == whole
+
+    asyncio.run(work(make()))
 
 
 def test_shown_lists_are_kept_with_what_they_were_made_from(make: Make) -> None:
