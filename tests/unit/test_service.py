@@ -580,7 +580,8 @@ def test_a_repeated_request_asks_no_stage_until_something_has_changed(make: Make
         if not remembers:
             return
         one = ids(first)[0]
-        for other in ({"k": K - 1}, {"exclude": [one]}, {"exclude_seen": False}, {"where": {"genre": ["odd"]}}, {"candidates": [one]}):
+        others = [{"exclude": [one]}, {"exclude_seen": False}, {"where": {"genre": ["odd"]}}, {"candidates": [one]}, {"k": K - 1}]
+        for other in others:
             assert await asked(**other) == [0, 1, 1], other  # the state is the same, the list is not
         assert await asked(k=K - 1, weights={"retrieval": 0.5}) == [0, 0, 0]  # ordered anew of the same predictions
         assert await asked(user_id=None, history=[]) == [1, 1, 1]
