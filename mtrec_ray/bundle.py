@@ -13,6 +13,7 @@ ROOT/<inputs>/texts.safetensors     text_NE in half precision, for search by tex
 ROOT/<inputs>/golden.json           requests with their answers (golden.py)
 ROOT/<inputs>/fingerprint.json      SHA-256 over all of the above
 ROOT/<inputs>/metrics.json          added by evaluation; not part of the fingerprint
+ROOT/<inputs>/model_card.md         the same for people (evaluation/card.py)
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from mtrec_ray.retrieval.reduced import ReducedIndex
 from mtrec_ray.schema import LogSchema
 
 LISTS, VECTORS, TEXTS, GOLDEN = "index.faiss", "items.safetensors", "texts.safetensors", "golden.json"
-_UNHASHED = ("metrics.json", "fingerprint.json")
+CARD = "model_card.md"
+_UNHASHED = ("metrics.json", CARD, "fingerprint.json")
 
 
 class BundleError(storage.StorageError):
@@ -91,6 +93,12 @@ def compute_fingerprint(prefix: str) -> str:
     names = {p.removeprefix(base + "/"): p for p in storage.list_files(prefix)}
     hashes = {n: storage.file_fingerprint_of_path(prefix, p) for n, p in names.items() if n not in _UNHASHED}
     return storage.fingerprint({"schema_version": storage.SCHEMA_VERSION, "files": hashes})
+
+
+def find(uri: str) -> str:
+    """The bundle of a run, or the bundle itself, by whichever of the two a person named."""
+    inside = storage.join(uri, "bundle")
+    return inside if storage.exists(storage.join(inside, "manifest.json")) else uri
 
 
 def prefix_of(uri: str) -> str:

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtrec_ray import bundle, runtime, storage
+from mtrec_ray import bundle, lock, runtime, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.data.prepare import prepare
 from mtrec_ray.encoders.bulk import encode
 from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.encoders.event_texts import EventTexts
+from mtrec_ray.evaluation.card import model_card
 from mtrec_ray.evaluation.runner import evaluate
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.retrieval.exact import RecallError
@@ -33,6 +34,7 @@ from mtrec_ray.retrieval.reduced import ReducedIndex, build_reduced
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.scoring.batch import check_output, score
 from mtrec_ray.scoring.tables import FOLDERS
+from mtrec_ray.tracking import track
 from mtrec_ray.training.feed import collate
 from mtrec_ray.training.trainer import train
 from mtrec_ray.training.worker import build_model, load_schema, mapped_windows
@@ -50,10 +52,12 @@ class StageError(RuntimeError):
 class Run:
     """One run directory and the stages that fill it."""
 
-    def __init__(self, config: RunConfig, out: str, append: bool = False) -> None:
+    def __init__(self, config: RunConfig, out: str, append: bool = False, shared: str | None = None) -> None:
+        """shared: the run whose data and text vectors are read, where they are not this one's."""
         self.config, self.out, self.append = config, storage.absolute(out), append
-        self.data = storage.Directory(self.path("data"))
-        self.text = storage.Directory(self.path("text"))
+        common = self.out if shared is None else storage.absolute(shared)
+        self.data = storage.Directory(storage.join(common, "data"))
+        self.text = storage.Directory(storage.join(common, "text"))
         self.trained = storage.Directory(self.path("train"))
         self.bundle = storage.Directory(self.path("bundle"))
         self.evaluation = storage.Directory(self.path("evaluation"))
@@ -74,6 +78,8 @@ class Run:
             storage.write_json(self.path("stages.json"), notes)
         if name in ("evaluate", "score") or not reused:
             self._write_metrics()
+        if name == "evaluate" and not reused:
+            track(self.config, self.out)
         if name == "evaluate" and (not reused or not storage.exists(self.path("report.html"))):
             self._write_report()
         log.info("%s: %s in %.1f s, largest process %.0f MiB", name, "reused" if reused else "done", watch.seconds, watch.peak_mib)
@@ -111,7 +117,7 @@ class Run:
     def _bundle_inputs(self) -> str:
         self._need(self.trained, "train")
         # how the run is scored afterwards is no part of what is served
-        config = self.config.model_dump(mode="json", exclude={"scoring", "pretrain"})
+        config = self.config.model_dump(mode="json", exclude={"scoring", "pretrain", "placement", "tracking"})
         return storage.fingerprint({"train": self.trained.manifest["inputs"], "config": config})
 
     def _check_training(self) -> None:
@@ -189,6 +195,8 @@ class Run:
         fingerprint = storage.read_json(storage.join(prefix, "fingerprint.json"))["fingerprint"]
         found = evaluate(self.config, self.data, prefix, self._text_prefix())
         storage.write_json(storage.join(prefix, "metrics.json"), found.metrics)
+        card = model_card(self.config, found.metrics, self.data.manifest, self.trained.manifest["training"])
+        storage.write_bytes(storage.join(prefix, bundle.CARD), card.encode())
         self.bundle.publish(inputs, kind="bundle", fingerprint=fingerprint, data=self.data.manifest["inputs"])
         kept = self.evaluation.begin(inputs)
         storage.write_json(storage.join(kept, "metrics.json"), found.metrics)
@@ -236,7 +244,7 @@ class Run:
         try:
             from mtrec_ray.evaluation.report import write_report
 
-            log.info("evaluate: wrote %s", write_report(self.out))
+            log.info("evaluate: wrote %s", write_report(self.out, self.data.root))
         except ModuleNotFoundError as error:
             log.info("evaluate: no report, %s is missing: pip install 'mtrec_ray[report]'", error.name)
         except Exception:  # a picture that cannot be drawn must not cost the run its scores
@@ -266,6 +274,7 @@ def run_stages(config: RunConfig, out: str, stages: tuple[str, ...], append: boo
     runtime.connect()
     runtime.preflight(config, out)
     run = Run(config, out, append)
-    for name in stages:
-        run.stage(name)
+    with lock.only_writer(run.out):
+        for name in stages:
+            run.stage(name)
     return run

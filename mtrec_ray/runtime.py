@@ -40,8 +40,15 @@ def connect(num_cpus: int | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address="auto", log_to_driver=True)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address="auto", log_to_driver=True)
+        except ConnectionError as error:
+            raise PreflightError(
+                f"RAY_ADDRESS is {address}, and no Ray cluster answers there: {error}. Correct it, or unset it to run here"
+            ) from None
+        except RuntimeError as error:  # in Ray's own words: versions that differ
+            raise PreflightError(f"RAY_ADDRESS is {address}: {error}") from None
         return
     ray.init(
         num_cpus=num_cpus or max(4, os.cpu_count() or 1),
@@ -137,13 +144,42 @@ def for_each(
         yield int(row["place"]), pickle.loads(row["out"])
 
 
+def capacity() -> dict[str, float]:
+    """Resources of the cluster's nodes; where an autoscaler may add nodes, of the most that it may have."""
+    there = {n: float(v) for n, v in ray.cluster_resources().items()}
+    for name, most in (ray._private.state.state.get_max_resources_from_cluster_config() or {}).items():
+        there[name] = max(there.get(name, 0.0), float(most))
+    return there
+
+
+def grows() -> bool:
+    """Whether an autoscaler may add nodes."""
+    return bool(ray._private.state.state.get_max_resources_from_cluster_config())
+
+
+def place(config: RunConfig) -> None:
+    """Send what Ray Data does to the nodes that the configuration names. Raises PreflightError where no node is of that kind."""
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    for key, wanted in (("train", config.placement.train), ("batch", config.placement.batch)):
+        if not wanted or grows() or any(wanted.items() <= n.get("Labels", {}).items() for n in nodes):
+            continue
+        there = sorted({f"{k}={v}" for n in nodes for k, v in n.get("Labels", {}).items() if not k.startswith("ray.io/")})
+        raise PreflightError(
+            f"placement.{key} asks for nodes labelled {', '.join(f'{k}={v}' for k, v in wanted.items())}, and the cluster has none "
+            f"(labels there: {', '.join(there) or 'none'}): work would wait for ever. Start nodes with `ray start --labels`, or "
+            f"leave placement.{key} out"
+        )
+    ray.data.DataContext.get_current().execution_options.label_selector = dict(config.placement.batch) or None
+
+
 def preflight(config: RunConfig, out: str) -> None:
     """Refuse a run that this cluster cannot carry. Needs a connection.
 
     Raises PreflightError: too few CPUs or GPUs for the training workers, or none beside them for the
-    `stream` feed; local paths on several nodes.
+    `stream` feed; labels that no node has; local paths on several nodes.
     """
-    resources = ray.cluster_resources()
+    place(config)
+    resources = capacity()
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     train = config.train
     if train.min_workers > cpus:

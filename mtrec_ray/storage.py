@@ -10,7 +10,6 @@ so that a reader either finds everything or nothing, on a local disk and on an o
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -52,23 +51,38 @@ def absolute(uri: str | Path) -> str:
     return text if "://" in text else resolve(text)[1]
 
 
+def shown(uri: str | Path) -> str:
+    """As messages show it: without the keys and settings that a URI may hold."""
+    text = str(uri)
+    return re.sub("://[^/@]*@", "://", text).partition("?")[0] if "://" in text else text
+
+
 def join(uri: str | Path, *parts: str) -> str:
     path, mark, query = str(uri).partition("?") if "://" in str(uri) else (str(uri), "", "")
     return "/".join([path.rstrip("/"), *parts]) + mark + query
 
 
+@contextmanager
+def _reading(uri: str | Path) -> Iterator[None]:
+    """An error of reading names what could not be read: no permission, no network, a bucket that is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StorageError(f"{shown(uri)}: not found") from None
+    except OSError as error:
+        raise StorageError(f"{shown(uri)}: cannot be read: {error}") from error
+
+
 def exists(uri: str | Path) -> bool:
     filesystem, path = resolve(uri)
-    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    with _reading(uri):
+        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def read_bytes(uri: str | Path) -> bytes:
     filesystem, path = resolve(uri)
-    try:
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            return bytes(stream.read())
-    except FileNotFoundError:
-        raise StorageError(f"{uri}: not found") from None
+    with _reading(uri), filesystem.open_input_stream(path, compression=None) as stream:
+        return bytes(stream.read())
 
 
 @contextmanager
@@ -77,7 +91,7 @@ def _writing(uri: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{uri}: cannot be written: {error}") from error
+        raise StorageError(f"{shown(uri)}: cannot be written: {error}") from error
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
@@ -102,7 +116,7 @@ def read_json(uri: str | Path) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StorageError(f"{uri}: damaged JSON: {error}") from None
+        raise StorageError(f"{shown(uri)}: damaged JSON: {error}") from None
 
 
 def write_json(uri: str | Path, value: Any) -> None:
@@ -175,10 +189,10 @@ def read_table(uri: str | Path, columns: list[str] | None = None) -> pa.Table:
     filesystem, path = resolve(uri)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
-        raise StorageError(f"{uri}: not found")
+        raise StorageError(f"{shown(uri)}: not found")
     paths = [path] if info.is_file else list_files(uri, ".parquet")
     if not paths:
-        raise StorageError(f"{uri}: no Parquet files")
+        raise StorageError(f"{shown(uri)}: no Parquet files")
     return pa.concat_tables(pq.read_table(p, filesystem=filesystem, columns=columns, partitioning=None) for p in paths)
 
 
@@ -193,7 +207,8 @@ def iter_tables(uri: str | Path, rows: int) -> Iterator[pa.Table]:
 def list_files(uri: str | Path, suffix: str = "") -> list[str]:
     """Paths (without scheme) of the files below a directory, sorted; hidden files are left out."""
     filesystem, path = resolve(uri)
-    infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+    with _reading(uri):
+        infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     return sorted(i.path for i in infos if i.is_file and i.path.endswith(suffix) and not _hidden(i.path.removeprefix(path)))
 
 
@@ -249,36 +264,10 @@ def file_fingerprint(uri: str | Path) -> str:
     filesystem, path = resolve(uri)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
-        raise StorageError(f"{uri}: not found")
+        raise StorageError(f"{shown(uri)}: not found")
     if info.is_file:
         return file_fingerprint_of_path(str(uri), path)
     return fingerprint({p.removeprefix(path): file_fingerprint_of_path(str(uri), p) for p in list_files(uri)})
-
-
-@contextmanager
-def only_writer(root: str | Path) -> Iterator[None]:
-    """Hold a local root for one job, until it ends or dies. Raises StorageError while another job holds it, and where no folder
-    can be made.
-
-    Object stores and filesystems without locks hold nothing: there, two jobs are kept apart by whoever starts them.
-    """
-    if not is_local(root):
-        yield
-        return
-    folder = Path(resolve(root)[1])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:  # a file stands there, or the disk refuses
-        raise StorageError(f"{root}: cannot be written to ({error.strerror or error}); name another folder") from None
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"{root}: another job is writing here; run again when it has ended") from None
-        except OSError:
-            pass
-        yield
 
 
 class Directory:
@@ -341,11 +330,11 @@ class Directory:
     @property
     def manifest(self) -> dict[str, Any]:
         if not exists(self._manifest_uri):
-            raise StorageError(f"{self.root}: nothing is published here (no manifest.json)")
+            raise StorageError(f"{shown(self.root)}: nothing is published here (no manifest.json)")
         manifest = read_json(self._manifest_uri)
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise StorageError(
-                f"{self.root}: schema_version {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}; "
+                f"{shown(self.root)}: schema_version {manifest.get('schema_version')!r}, this version reads {SCHEMA_VERSION}; "
                 "make it anew with this version"
             )
         return dict(manifest)
@@ -363,9 +352,9 @@ class Directory:
         for name, expected in manifest["files"].items():
             uri = join(self.root, manifest["prefix"], name)
             if not exists(uri):
-                raise StorageError(f"{uri}: missing, though the manifest names it")
+                raise StorageError(f"{shown(uri)}: missing, though the manifest names it")
             if sha256(read_bytes(uri)) != expected:
-                raise StorageError(f"{uri}: checksum differs from the manifest; the file is damaged or was changed")
+                raise StorageError(f"{shown(uri)}: checksum differs from the manifest; the file is damaged or was changed")
 
 
 def file_fingerprint_of_path(root: str, path: str) -> str:

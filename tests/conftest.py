@@ -17,7 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.predictor import Predictor
-from tests import tiny
+from tests import s3, tiny
+from tests.s3 import Bucket
 
 torch.set_num_threads(1)
 
@@ -49,6 +50,19 @@ def tiny_run(tiny_folder: Path) -> TinyRun:
     data = tiny.prepare_locally(config, tiny_folder / "data")
     predictor = tiny.write_bundle(config, data, tiny.train_locally(config, data), tiny_folder / "bundle")
     return TinyRun(tiny_folder, config, data, predictor)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Bucket]:
+    pytest.importorskip("moto.server")
+    with s3.served() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(s3_server: Bucket) -> Bucket:
+    """A bucket of S3 for this test alone."""
+    return Bucket(s3_server.query, s3_server.failed)
 
 
 @pytest.fixture(scope="session")

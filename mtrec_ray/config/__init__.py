@@ -9,7 +9,16 @@ from mtrec_ray.config.encoder import EncoderConfig, TuningConfig
 from mtrec_ray.config.load import ConfigError, load_config, parse_config
 from mtrec_ray.config.model import ModelConfig
 from mtrec_ray.config.pretrain import PretrainConfig
-from mtrec_ray.config.run import EvaluationConfig, IndexConfig, NoRetrievalError, RankingConfig, RunConfig, ScoringConfig
+from mtrec_ray.config.run import (
+    EvaluationConfig,
+    IndexConfig,
+    NoRetrievalError,
+    PlacementConfig,
+    RankingConfig,
+    RunConfig,
+    ScoringConfig,
+    TrackingConfig,
+)
 from mtrec_ray.config.tasks import (
     BaseTask,
     BinaryTask,
@@ -42,6 +51,7 @@ __all__ = [
     "MulticlassTask",
     "MultilabelTask",
     "NoRetrievalError",
+    "PlacementConfig",
     "PretrainConfig",
     "ProfileTask",
     "PseudonymConfig",
@@ -53,6 +63,7 @@ __all__ = [
     "SimilarityTask",
     "TableConfig",
     "TaskConfig",
+    "TrackingConfig",
     "TrainConfig",
     "TuningConfig",
     "load_config",

@@ -128,6 +128,23 @@ class EvaluationConfig(Model):
         return self
 
 
+class PlacementConfig(Model):
+    """Which nodes of a cluster work goes to, by their labels (cluster.yaml gives each kind of node a `role`); empty: any."""
+
+    train: dict[str, str] = Field(default_factory=dict)
+    """Workers of Ray Train."""
+    batch: dict[str, str] = Field(default_factory=dict)
+    """Tasks and actors of Ray Data: preparation, encoding, evaluation, scoring."""
+
+
+class TrackingConfig(Model):
+    """Where runs are noted, beside TensorBoard and metrics.json, which are always written."""
+
+    mlflow: str | None = None
+    """MLflow's tracking URI, such as http://HOST:5000 or a directory; needs the extra `tracking`."""
+    experiment: str = "mtrec_ray"
+
+
 class RunConfig(Model):
     """One run: data, encoder, model, tasks, training, evaluation."""
 
@@ -144,6 +161,8 @@ class RunConfig(Model):
     index: IndexConfig = IndexConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     scoring: ScoringConfig = ScoringConfig()
+    placement: PlacementConfig = PlacementConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -170,6 +189,11 @@ class RunConfig(Model):
         if texts and self.encoder is not None and self.encoder.tuning is not None:
             raise ValueError(
                 f"encoder.tuning: the texts of events ({texts}) are encoded once, by the encoder as it came; take either away"
+            )
+        if self.train.warm_start is not None and self.encoder is not None and self.encoder.tuning is not None:
+            raise ValueError(
+                "train.warm_start: with encoder.tuning the TextEncoder begins with encoder.model; name the last run's trained "
+                "directory there (train/*/encoder), or take warm_start or tuning away"
             )
         if self.encoder is not None and self.encoder.use_gpu and self.encoder.precision == "int8":
             raise ValueError("encoder.precision: int8 is for CPUs; with encoder.use_gpu take bf16 or auto")

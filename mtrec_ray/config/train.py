@@ -70,6 +70,8 @@ class TrainConfig(Model):
     """`stream` only: windows that each worker shuffles together."""
     workers: Workers = 2
     """DDP workers of Ray Train, or [min, max] for as many as the cluster has room for; 0 runs in the driver's process."""
+    warm_start: str | None = None
+    """Run or bundle, directory or URI, whose weights training begins with (docs/nightly.md); null: from scratch."""
     threads: Int = Field(default=1, ge=1)
     """torch threads of a worker."""
     use_gpu: bool = False

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mtrec_ray import storage
+from mtrec_ray import lock, storage
 from mtrec_ray.data import lineage
 from mtrec_ray.data.ids import sorted_dictionary
 from mtrec_ray.data.partition import user_partition
@@ -46,7 +46,7 @@ def forget(run: str, user_ids: Sequence[str], others: Sequence[str] = ()) -> For
     """
     directory = storage.Directory(storage.join(run, "data"))
     _ = directory.manifest  # raises before anything is written where nothing is prepared
-    with storage.only_writer(directory.root):
+    with lock.only_writer(directory.root):
         return _forget(run, directory, user_ids, others)
 
 

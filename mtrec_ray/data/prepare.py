@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow.parquet as pq
 
-from mtrec_ray import runtime, storage
+from mtrec_ray import lock, runtime, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.data import build, fit, ids, lineage, sources
 from mtrec_ray.data import events as stage
@@ -57,7 +57,7 @@ def prepare(config: RunConfig, root: str, append: bool = False) -> storage.Direc
     everything at once, but training items keep the numbers that they had.
     Raises SourceError, DataError, PseudonymKeyError, StorageError: nothing is published then.
     """
-    with storage.only_writer(root):
+    with lock.only_writer(root):
         return _prepare(config, storage.Directory(root), append)
 
 

@@ -35,11 +35,12 @@ SPLITS = ("train", "valid", "test")
 EXAMPLES, NEAREST = 6, 5
 
 
-def write_report(run: str) -> str:
-    """Write RUN/report.html -> its path. Raises StorageError when the run has not been evaluated."""
+def write_report(run: str, data: str | None = None) -> str:
+    """Write RUN/report.html -> its path. data: where its prepared data are, if not in RUN/data. Raises StorageError when the run
+    has not been evaluated."""
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-    page = _Page(run)
+    page = _Page(run, data or storage.join(run, "data"))
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=select_autoescape(["jinja"]))
     out = storage.join(run, "report.html")
     storage.write_bytes(out, environment.get_template(TEMPLATE.name).render(**page.content()).encode())
@@ -49,9 +50,9 @@ def write_report(run: str) -> str:
 class _Page:
     """Collects what the template shows."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, data: str) -> None:
         self.run = run
-        self.data, self.evaluation = (storage.Directory(storage.join(run, n)) for n in ("data", "evaluation"))
+        self.data, self.evaluation = storage.Directory(data), storage.Directory(storage.join(run, "evaluation"))
         self.metrics: dict[str, Any] = storage.read_json(self.evaluation.path("metrics.json"))
         with np.load(io.BytesIO(storage.read_bytes(self.evaluation.path("curves.npz")))) as curves:
             self.curves = {n: curves[n] for n in curves.files}

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from mtrec_ray import storage
+from mtrec_ray import lock, storage
 from mtrec_ray.config import BalancingConfig, ModelConfig, RunConfig
 from mtrec_ray.multitask.cells import Bench, Select, epoch_seconds, run_cells
 from mtrec_ray.multitask.findings import execute
@@ -66,7 +66,7 @@ def study_tasks(
     """Run what is missing below `out`, write tasks.json and (where matplotlib and jinja2 are installed) tasks.html
     -> the content of tasks.json."""
     check(config, settings)
-    with storage.only_writer(out):
+    with lock.only_writer(out):
         metrics = choose_metrics(config, load_schema(data.prefix), settings.metrics)
         bench = Bench(config, data.root, None if text is None else text.root, storage.absolute(storage.join(out, "cells")), metrics,
                       settings.epochs or 1, settings.select)  # fmt: skip

@@ -72,7 +72,9 @@ def pretrain(config: RunConfig, data: storage.Directory, root: str) -> storage.D
             "checkpoints": storage.join(kept, identity[:16]),
             "tensorboard": storage.join(storage.absolute(root), "tensorboard", identity[:16]),
         },
-        scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=settings.use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers, use_gpu=settings.use_gpu, label_selector=config.placement.train or None
+        ),
         run_config=RayRunConfig(
             name=identity[:16], storage_path=ray_storage, failure_config=FailureConfig(max_failures=settings.max_failures)
         ),

@@ -279,7 +279,7 @@ def _run(
     progress: runtime.Progress,
 ) -> None:  # fmt: skip
     """Score the shards that do not count yet. Raises what a shard raised, and PreflightError."""
-    scoring, resources = config.scoring, ray.cluster_resources()
+    scoring, resources = config.scoring, runtime.capacity()
     workers = min(scoring.workers, len(missing))
     gpu = scoring.use_gpu is True or (scoring.use_gpu == "auto" and resources.get("GPU", 0) >= workers)
     if gpu and resources.get("GPU", 0) < workers:

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mtrec_ray import bundle, golden, storage
+from mtrec_ray import bundle, golden
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.serving.items import LiveItems
@@ -46,7 +46,7 @@ class Version:
     def __init__(self, uri: str, prepare: Callable[[Predictor, str], None] | None = None) -> None:
         """prepare: is told of the predictor before anybody else. Raises BundleError, StorageError, GoldenError."""
         started = time.perf_counter()
-        root = storage.join(uri, "bundle") if storage.exists(storage.join(uri, "bundle", "manifest.json")) else uri
+        root = bundle.find(uri)
         self.asked, self.uri, self.base = uri, root, bundle.load(root)
         self.fingerprint = self.base.fingerprint
         self.seconds = {"load": time.perf_counter() - started}

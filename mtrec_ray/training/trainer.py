@@ -144,7 +144,9 @@ def train(config: RunConfig, data: storage.Directory, text: storage.Directory | 
     trainer = TorchTrainer(
         _worker,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=config.train.workers, use_gpu=config.train.use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=config.train.workers, use_gpu=config.train.use_gpu, label_selector=config.placement.train or None
+        ),
         run_config=RayRunConfig(
             name=inputs[:16],
             storage_path=ray_storage,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from mtrec_ray import storage
+from mtrec_ray import bundle, storage
 from mtrec_ray.balancing import build_balancer
 from mtrec_ray.config import RunConfig, SimilarityTask, load_config
 from mtrec_ray.data.partition import hash_ids
@@ -27,11 +27,13 @@ from mtrec_ray.evaluation.statistics import Statistics
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.schema import LogSchema
-from mtrec_ray.training import distributed
+from mtrec_ray.training import distributed, warm
 from mtrec_ray.training.checkpoint import Checkpoints
 from mtrec_ray.training.feed import CachedFeed, Feed, PairSampler, WindowCache
 from mtrec_ray.training.loop import Fitted, Metrics, Report, fit
 from mtrec_ray.training.stream import StreamFeed, Tables, count_windows, file_tables
+
+log = logging.getLogger(__name__)
 
 
 def load_schema(data_prefix: str) -> LogSchema:
@@ -82,6 +84,17 @@ def tell_items(model: Recommender, catalogue: pa.Table) -> None:
     model.fit_items(hash_ids(known["item_id"]), torch.from_numpy(known["count"].to_numpy().astype(np.float64)))
 
 
+def warm_start(model: Recommender, config: RunConfig, catalogue: pa.Table) -> None:
+    """The weights of train.warm_start, where there is one. Raises BundleError, WarmStartError."""
+    if config.train.warm_start is None:
+        return
+    old = bundle.load(bundle.find(config.train.warm_start))
+    ids = catalogue["item_id"].to_pylist()
+    told = warm.carry(model, ids, old.model.state_dict(), old.model, old.item_ids)
+    if distributed.rank() == 0:
+        log.info("train: warm from bundle %s: %s", old.fingerprint[:12], told.text())
+
+
 def tune_texts(model: Recommender, config: RunConfig, catalogue: pa.Table) -> None:
     """Put the TextEncoder into the model where it is trained too. Raises EncoderError."""
     if config.encoder is not None and config.encoder.tuning is not None:
@@ -112,6 +125,10 @@ def _fingerprint(config: RunConfig, data: storage.Directory, text: storage.Direc
     folds = {"profile_folds_test", "profile_fold_valid"}  # all of `evaluation` that training looks at
     parts = config.model_dump(mode="json", include={"seed", "model", "tasks", "balancing", "train"})
     parts["train"] = {k: v for k, v in parts["train"].items() if k not in left_out}
+    if config.train.warm_start is None:
+        del parts["train"]["warm_start"]
+    else:  # what it is, not where
+        parts["train"]["warm_start"] = bundle.fingerprint_of(bundle.find(config.train.warm_start))
     if config.encoder is not None and config.encoder.tuning is not None:
         parts["tuning"] = config.encoder.model_dump(mode="json", exclude={"workers", "compile", "use_gpu"})
     parts["order"] = list(config.tasks)  # draws and the optimiser's parameters go by it
@@ -190,6 +207,7 @@ def run_worker(
     text_NE = None if text_prefix is None else load_text_vectors(text_prefix, catalogue)
     model = build_model(config, schema, text_NE)
     tell_items(model, catalogue)
+    warm_start(model, config, catalogue)
     tune_texts(model, config, catalogue)
     device = device_of(config.train.use_gpu)
     if device.type == "cuda":

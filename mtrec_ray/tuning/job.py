@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
-from mtrec_ray import storage
+from mtrec_ray import lock, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.pipeline import run_stages
 from mtrec_ray.training.worker import check_machine, run_identity
@@ -71,7 +71,7 @@ def tune(config: RunConfig, space: Space, out: str, plan: Plan) -> Outcome:
     text = None if config.encoder is None else run.text
     parallel = plan.parallel or usable_cpus()
     folder = storage.join(out, "trials")
-    with storage.only_writer(folder):
+    with lock.only_writer(folder):
         _claim(folder, space, start, run.data, text)
         points = draw(space, config, plan.trials)
         trials = [load(folder, _trial(p, start)) for p in points]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtrec_ray import storage
+from mtrec_ray import lock, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.data import lineage
 from mtrec_ray.data.forget import forget
@@ -235,10 +235,10 @@ def test_a_file_that_arrives_while_the_log_is_listed_is_not_taken_for_read(tmp_p
 
 def test_two_writers_of_one_root_do_not_meet(tmp_path: Path) -> None:
     write_days(tmp_path, 2)
-    with storage.only_writer(tmp_path / "run" / "data"), pytest.raises(StorageError, match="another job is writing"):
+    with lock.only_writer(tmp_path / "run" / "data"), pytest.raises(StorageError, match="another job is writing"):
         tiny.prepare_locally(config_of(tmp_path), tmp_path / "run" / "data")
     tiny.prepare_locally(config_of(tmp_path), tmp_path / "run" / "data")
-    with storage.only_writer(tmp_path / "run" / "data"), pytest.raises(StorageError, match="another job is writing"):
+    with lock.only_writer(tmp_path / "run" / "data"), pytest.raises(StorageError, match="another job is writing"):
         forget(str(tmp_path / "run"), ["u7"])
 
 

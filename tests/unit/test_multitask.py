@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jobs import tasks as job
-from mtrec_ray import storage
+from mtrec_ray import lock, storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.multitask import cells as cells_module
 from mtrec_ray.multitask import run as run_module
@@ -560,7 +560,7 @@ def test_values_that_make_no_sense_are_refused_by_the_parser(
 
 def test_two_jobs_do_not_write_into_one_folder(bench: Bench, tiny_run: TinyRun, config: RunConfig, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    with storage.only_writer(out), pytest.raises(storage.StorageError, match="another job"):
+    with lock.only_writer(out), pytest.raises(storage.StorageError, match="another job"):
         study_tasks(config, tiny_run.data, None, out, Settings(epochs=1), Counting())
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrec_ray import storage
+from mtrec_ray import lock, storage
 from mtrec_ray.storage import Directory, StorageError
 
 FIRST, SECOND = storage.sha256("first inputs"), storage.sha256("second inputs")
@@ -354,7 +354,7 @@ def test_a_folder_that_is_a_file_is_named_with_the_cure(tmp_path: Path, below: s
     (tmp_path / "file").write_text("mine")
     with (
         pytest.raises(StorageError, match=r"file.*cannot be written to.*another folder"),
-        storage.only_writer(tmp_path / "file" / below),
+        lock.only_writer(tmp_path / "file" / below),
     ):
         pass
     assert (tmp_path / "file").read_text() == "mine"

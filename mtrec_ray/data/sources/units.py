@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from csv import Error as CsvError
@@ -16,7 +15,7 @@ from mtrec_ray.config import TableConfig
 from mtrec_ray.data.sources import jsonl, movielens, parquet, text
 from mtrec_ray.data.sources.base import ROW, Broken, Description, File, Format, SourceError, Unit
 from mtrec_ray.data.sources.columns import id_strings, readable
-from mtrec_ray.storage import resolve
+from mtrec_ray.storage import resolve, shown
 
 _FORMATS: dict[str, Format] = {"parquet": parquet, "csv": text, "recbole": text, "jsonl": jsonl, "movielens": movielens}
 _REQUIRED = {"user_id", "item_id", "timestamp"}
@@ -36,7 +35,7 @@ def list_units(table: TableConfig, needed: list[str], what: str, lists: Set[str]
     try:
         filesystem, root, infos = _files(table, what)
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{what}: {_shown(table.path)} cannot be listed: {error}") from None
+        raise SourceError(f"{what}: {shown(table.path)} cannot be listed: {error}") from None
 
     def describe(info: pafs.FileInfo) -> tuple[Description, dict[str, str | None]]:
         try:
@@ -64,24 +63,19 @@ def _files(table: TableConfig, what: str) -> tuple[pafs.FileSystem, str, list[pa
     filesystem, path = resolve(table.path)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
-        raise SourceError(f"{what}: {_shown(table.path)} does not exist")
+        raise SourceError(f"{what}: {shown(table.path)} does not exist")
     if info.is_file:
         return filesystem, path, [info]
     if table.format == "movielens":
-        raise SourceError(f"{what}: {_shown(table.path)} is a directory; name one of its files: {', '.join(movielens.suffixes())}")
+        raise SourceError(f"{what}: {shown(table.path)} is a directory; name one of its files: {', '.join(movielens.suffixes())}")
     suffixes = ("",) if table.format == "recbole" else _FORMATS[table.format].suffixes()
     infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
     found = [i for i in infos if i.is_file and i.path.endswith(suffixes) and not _hidden(i.path.removeprefix(path))]
     if not found:
         raise SourceError(
-            f"{what}: {_shown(table.path)} holds no {table.format} files ({', '.join(s for s in suffixes if s) or 'any name'})"
+            f"{what}: {shown(table.path)} holds no {table.format} files ({', '.join(s for s in suffixes if s) or 'any name'})"
         )
     return filesystem, path, sorted(found, key=lambda i: i.path)
-
-
-def _shown(path: str) -> str:
-    """A path as messages show it: without keys and settings that a URI may hold."""
-    return re.sub("://[^/@]*@", "://", path).partition("?")[0] if "://" in path else path
 
 
 def _hidden(relative: str) -> bool:

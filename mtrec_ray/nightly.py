@@ -1,0 +1,232 @@
+"""The nightly loop: append, retrain warm, gate, score, roll out, keep the last nights. Every step is skipped when it is done.
+
+    ROOT/data, text           prepared data and text vectors, which all nights share
+    ROOT/nights/NIGHT/        a run: train, bundle, evaluation, scores; comparison.json; incumbent/ is the bundle that served
+                              before, carried to this night's catalogue and judged on this night's test part
+    ROOT/train, bundle, ...   what serves: a run like any other (`jobs.serve ROOT`)
+    ROOT/nightly.json         what became of every night
+
+A night is named by its day and its data; one that was stopped goes on under its name, as long as no new data have come.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from safetensors.torch import save as save_tensors
+
+from mtrec_ray import bundle, lock, runtime, storage
+from mtrec_ray.config import RunConfig
+from mtrec_ray.encoders.cache import load_text_vectors
+from mtrec_ray.evaluation.compare import broken_limits, compare, load
+from mtrec_ray.evaluation.reduce import WHOLE
+from mtrec_ray.pipeline import Run
+from mtrec_ray.training import warm
+from mtrec_ray.training.worker import build_model, load_schema, tell_items
+
+log = logging.getLogger(__name__)
+
+HELD_BACK = 3
+"""Exit code of a night whose bundle may be worse than the one that serves; that of jobs.compare too."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How nights are run."""
+
+    noninferior: float = 0.02
+    """How much worse the new bundle may be, as a share of the value of the one that serves."""
+    gates: tuple[str, ...] = ()
+    """What that holds for, as `TASK/METRIC`; default: ndcg@10 of the retrieval task."""
+    keep: int = 7
+    """Nights that stay, those that serve or served last not counted."""
+    from_scratch: bool = False
+    """Train without the weights of the bundle that serves."""
+
+
+@dataclass
+class Night:
+    """What became of a night."""
+
+    name: str
+    data: str
+    bundle: str = ""
+    before: str = ""
+    """Name of the night whose bundle served then; empty: none."""
+    verdict: str = "begun"
+    """begun, held back, live, or rolled back."""
+    limits: list[str] = field(default_factory=list)
+    """Limits that were broken."""
+    ended: str = ""
+
+
+class Nights:
+    """ROOT and what is known of it."""
+
+    def __init__(self, root: str) -> None:
+        self.root = storage.absolute(root)
+        self.uri = storage.join(self.root, "nightly.json")
+        found: dict[str, Any] = storage.read_json(self.uri) if storage.exists(self.uri) else {"nights": [], "serving": ""}
+        self.nights, self.serving = [Night(**n) for n in found["nights"]], str(found["serving"])
+
+    def write(self) -> None:
+        storage.write_json(self.uri, {"nights": [asdict(n) for n in self.nights], "serving": self.serving})
+
+    def path(self, *parts: str) -> str:
+        return storage.join(self.root, *parts)
+
+    def folder(self, name: str) -> str:
+        return self.path("nights", name)
+
+    def of(self, data: str) -> Night:
+        """The night of these data, a new one where there is none."""
+        if self.nights and self.nights[-1].data == data:
+            return self.nights[-1]
+        self.nights.append(Night(f"{time.strftime('%Y-%m-%d', time.gmtime())}-{data[:8]}", data, before=self.serving))
+        self.write()
+        return self.nights[-1]
+
+
+def run_night(
+    config: RunConfig, root: str, settings: Settings, roll_out: Callable[[str, str], None] | None = None, score: bool = True
+) -> Night:
+    """One night, from new files of the log to a bundle that serves.
+
+    roll_out: is told the new bundle and its fingerprint, and raises where it does not serve; then everything stays as it was.
+    score: write every user's list before. Raises what the stages raise, CompareError where the two bundles cannot be compared.
+    """
+    runtime.connect()
+    runtime.preflight(config, root)
+    nights = Nights(root)
+    with lock.only_writer(nights.root):
+        shared = Run(config, nights.root, append=storage.exists(nights.path("data", "manifest.json")))
+        shared.stage("prepare")
+        if config.encoder is not None:
+            shared.stage("encode")
+        night = nights.of(shared.data.manifest["inputs"])
+        if night.verdict in ("live", "rolled back"):
+            log.info("nightly: no new events since %s (%s)", night.name, night.verdict)
+            return night
+        run = Run(_begun(config, nights, night, settings), nights.folder(night.name), shared=nights.root)
+        for stage in ("train", "index", "evaluate"):
+            run.stage(stage)
+        night.bundle = bundle.fingerprint_of(run.bundle.root)
+        night.limits = _gate(config, nights, night, settings)
+        if night.limits:
+            return _ended(nights, night, "held back")
+        if score and config.retrieval_task is not None:
+            run.stage("score")
+        if roll_out is not None:
+            roll_out(run.bundle.root, night.bundle)
+        _promote(nights, run)
+        nights.serving = night.name
+        _ended(nights, night, "live")
+        _forget_old(nights, settings.keep)
+    return night
+
+
+def roll_back(config: RunConfig, root: str, roll_out: Callable[[str, str], None] | None = None) -> Night:
+    """The bundle that served before serves again -> its night. Raises ValueError where there is none."""
+    nights = Nights(root)
+    with lock.only_writer(nights.root):
+        current = next((n for n in nights.nights if n.name == nights.serving), None)
+        before = next((n for n in nights.nights if current is not None and n.name == current.before), None)
+        if current is None or before is None or not storage.exists(storage.join(nights.folder(before.name), "bundle")):
+            raise ValueError(f"--rollback: no bundle served before {nights.serving or 'the first night'}")
+        run = Run(config, nights.folder(before.name), shared=nights.root)
+        if roll_out is not None:
+            roll_out(run.bundle.root, before.bundle)
+        _promote(nights, run)
+        nights.serving = before.name
+        _ended(nights, current, "rolled back")
+    return before
+
+
+def _begun(config: RunConfig, nights: Nights, night: Night, settings: Settings) -> RunConfig:
+    """The configuration with the weights that it begins with."""
+    if settings.from_scratch or not night.before or (config.encoder is not None and config.encoder.tuning is not None):
+        return config
+    train = config.train.model_copy(update={"warm_start": nights.folder(night.before)})
+    return config.model_copy(update={"train": train})
+
+
+def _gate(config: RunConfig, nights: Nights, night: Night, settings: Settings) -> list[str]:
+    """Limits that the new bundle breaks against the one that serves, both judged on today's test part."""
+    if not night.before:
+        log.info("nightly: the first night, there is nothing to compare with")
+        return []
+    here, incumbent = nights.folder(night.name), carried(config, nights, night)
+    rows = compare([load(incumbent.out)], [load(here)])
+    gates = list(settings.gates) or ([f"{config.retrieval_task}/ndcg@10"] if config.retrieval_task else [])
+    if not gates:
+        raise ValueError("--gate: there is no task of kind retrieval; name what the limit holds for, such as click/auc")
+    broken = broken_limits(rows, gates, settings.noninferior)
+    storage.write_json(storage.join(here, "comparison.json"), {"rows": [asdict(r) for r in rows], "broken": broken, "gates": gates})
+    for row in rows:
+        if row.slice == WHOLE and row.name in gates:
+            log.info("nightly: %s: %.4f serves, %.4f is new", row.name, row.a, row.b)
+    return broken
+
+
+def carried(config: RunConfig, nights: Nights, night: Night) -> Run:
+    """The bundle that serves, as it would serve today's catalogue, evaluated on today's data -> its run.
+
+    It has its own model and tasks; items that are new to it are known by their texts, as through PUT /items.
+    """
+    old = bundle.load(storage.join(nights.folder(night.before), "bundle"))
+    judged = {"evaluation": config.evaluation.model_copy(update={"baselines": ()}), "data": config.data, "train": config.train}
+    run = Run(old.config.model_copy(update=judged), storage.join(nights.folder(night.name), "incumbent"), shared=nights.root)
+    text = None if run.config.encoder is None else run.text
+    inputs = {"carried": old.fingerprint, "data": run.data.manifest["inputs"], "text": text and text.manifest["inputs"]}
+    fingerprint = storage.fingerprint(inputs)
+    if not run.trained.is_published(fingerprint):
+        prefix = run.trained.begin(fingerprint)
+        catalogue = storage.read_table(run.data.path("catalogue.parquet"))
+        text_NE = None if text is None else load_text_vectors(text.prefix, catalogue)
+        model = build_model(run.config, load_schema(run.data.prefix), text_NE)
+        tell_items(model, catalogue)
+        told = warm.carry(model, catalogue["item_id"].to_pylist(), old.model.state_dict(), old.model, old.item_ids)
+        log.info("nightly: the bundle that serves, for today's catalogue: %s", told.text())
+        storage.write_bytes(storage.join(prefix, "weights.safetensors"), save_tensors(model.state_dict()))
+        read = {"data": run.data.manifest["inputs"], "text": text and text.manifest["inputs"]}
+        facts = storage.Directory(storage.join(nights.folder(night.before), "train")).manifest["training"]
+        run.trained.publish(fingerprint, kind="train", training=facts | {"carried": old.fingerprint}, read=read)
+    for stage in ("index", "evaluate"):
+        run.stage(stage)
+    return run
+
+
+def _promote(nights: Nights, run: Run) -> None:
+    """The night's training, evaluation and bundle become ROOT's; the bundle last."""
+    for file in ("metrics.json", "stages.json"):
+        storage.copy(run.path(file), nights.path(file))
+    for name in ("train", "evaluation", "bundle"):
+        source, target = storage.Directory(run.path(name)), storage.Directory(nights.path(name))
+        manifest = source.manifest
+        if target.is_published(manifest["inputs"]):
+            continue
+        prefix = storage.join(target.root, manifest["inputs"][:16])
+        for file in manifest["files"]:
+            storage.copy(storage.join(source.prefix, file), storage.join(prefix, file))
+        facts = {k: v for k, v in manifest.items() if k not in ("schema_version", "inputs", "prefix", "files")}
+        target.publish(manifest["inputs"], **facts)
+
+
+def _ended(nights: Nights, night: Night, verdict: str) -> Night:
+    night.verdict, night.ended = verdict, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    nights.write()
+    return night
+
+
+def _forget_old(nights: Nights, keep: int) -> None:
+    """Delete what no night needs: never the bundle that serves, nor the one before it (a rollback)."""
+    current = next(n for n in nights.nights if n.name == nights.serving)
+    needed = {current.name, current.before, *(n.name for n in nights.nights[-keep:])}
+    for old in nights.nights:
+        if old.name not in needed and storage.exists(nights.folder(old.name)):
+            storage.delete(nights.folder(old.name))
+            log.info("nightly: %s is older than the %d nights that are kept, and was deleted", old.name, keep)
