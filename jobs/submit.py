@@ -127,6 +127,18 @@ def labels(wanted: Sequence[str]) -> dict[str, str] | None:
     return found or None
 
 
+def _submitted(client: JobSubmissionClient, **job: Any) -> str:
+    """The job's id. A cluster that has just begun has no agent to run it yet, and is asked again for a minute."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(2)
+
+
 async def _follow(client: JobSubmissionClient, job: str) -> None:
     async for text in client.tail_job_logs(job):
         print(text, end="", flush=True)
@@ -196,7 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         wanted, variables = labels(args.labels), environment(args.env)
         client = connected(args.address)
         with packed(arguments) as (folder, inside):
-            job = client.submit_job(
+            job = _submitted(
+                client,
                 entrypoint=shlex.join([args.python, "-m", f"jobs.{args.job}", *inside]),
                 runtime_env={"working_dir": folder, "env_vars": variables},
                 entrypoint_num_cpus=args.cpus or None,
