@@ -130,17 +130,20 @@ ray.init(num_cpus=24, object_store_memory=200 << 20, include_dashboard=False, lo
 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": asked["port"]})
 before = None
 while True:
-    text = open(path).read()
-    if text != before:
-        before = text
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [json.loads(text)["application"]]}))
-    status = serve.status().applications.get("bench")
+    time.sleep(0.25)
+    try:
+        text = open(path).read()
+        if text != before:
+            _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [json.loads(text)["application"]]}))
+            before = text
+        status = serve.status().applications.get("bench")
+    except ray.exceptions.RayError:  # Serve's controller was killed, and comes back
+        continue
     found = status.deployments if status else {}
     told = {n: {"status": str(d.status), "replicas": dict(d.replica_states)} for n, d in found.items()}
     draft = path + ".draft"
     open(draft, "w").write(json.dumps({"time": time.time(), "deployments": told}))
     os.replace(draft, path + ".status")
-    time.sleep(0.25)
 """
 
 

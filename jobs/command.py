@@ -9,6 +9,7 @@ import sys
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+from mtrec_ray import storage
 from mtrec_ray.config import load_config
 from mtrec_ray.pipeline import run_stages
 
@@ -39,9 +40,16 @@ def main(stages: tuple[str, ...], description: str, argv: list[str] | None = Non
     return 0
 
 
+class _WithoutKeys(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return storage.without_keys(super().format(record))
+
+
 def show_log() -> None:
-    """Progress on standard error."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    """Progress on standard error, without the keys that URIs may hold."""
+    logging.basicConfig(level=logging.INFO, force=True)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_WithoutKeys("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
@@ -51,4 +59,4 @@ def plain(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     while isinstance(cause, BaseException):
         error, cause = cause, getattr(cause, "cause", None)
-    return str(error) or type(error).__name__
+    return storage.without_keys(str(error)) or type(error).__name__

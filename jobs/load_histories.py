@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         data = storage.Directory(storage.join(args.run, "data"))
         store = open_store(settings_of(args.store), data.root, predictor)
         assert store is not None
-        parts, users, began = storage.list_files(data.path("store"), ".parquet"), 0, time.perf_counter()
+        parts, users, began = storage.list_uris(data.path("store"), ".parquet"), 0, time.perf_counter()
         for number, part in enumerate(parts, 1):
             users += store.load(storage.iter_tables(part, READ))
             rate = users / (time.perf_counter() - began)

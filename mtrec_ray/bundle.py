@@ -130,12 +130,10 @@ def fingerprint_of(uri: str) -> str:
     return str(storage.read_json(storage.join(prefix_of(uri), "fingerprint.json"))["fingerprint"])
 
 
-def golden_requests(uri: str) -> dict[str, Any]:
-    """As of golden.check. Raises BundleError for a bundle without them."""
+def find_golden(uri: str) -> dict[str, Any] | None:
+    """Requests with their answers, as of golden.check; None for a bundle of an older version."""
     file = storage.join(prefix_of(uri), GOLDEN)
-    if not storage.exists(file):
-        raise BundleError(f"{uri}: no golden requests; an older version wrote it: run jobs.index again")
-    return dict(storage.read_json(file))
+    return dict(storage.read_json(file)) if storage.exists(file) else None
 
 
 def text_vectors(uri: str) -> Tensor | None:

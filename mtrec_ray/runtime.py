@@ -187,6 +187,9 @@ def preflight(config: RunConfig, out: str) -> None:
             f"train.workers is {train.min_workers}, but the cluster has {cpus:g} CPUs: training would wait for ever. "
             "Lower train.workers or add nodes"
         )
+    free = ray.available_resources().get("CPU", 0)
+    if train.min_workers > free and not grows():
+        log.warning("train.workers is %d and %g CPUs are free now: training waits until others end", train.min_workers, free)
     if train.use_gpu and train.min_workers > gpus:
         raise PreflightError(f"train.use_gpu with {train.min_workers} workers, but the cluster has {gpus:g} GPUs")
     if config.encoder is not None and config.encoder.use_gpu and config.encoder.workers > gpus:

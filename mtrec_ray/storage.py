@@ -29,7 +29,15 @@ SCHEMA_VERSION = 5
 
 
 class StorageError(RuntimeError):
-    """A directory or file that is missing, incomplete or damaged."""
+    """A directory or file that is missing, incomplete or damaged. Its message holds no credentials."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(without_keys(str(message)))
+
+
+def without_keys(text: str) -> str:
+    """A text without the keys that URIs in it may hold: s3://KEY:SECRET@bucket becomes s3://bucket."""
+    return re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
 
 
 def resolve(uri: str | Path) -> tuple[pafs.FileSystem, str]:
@@ -210,6 +218,12 @@ def list_files(uri: str | Path, suffix: str = "") -> list[str]:
     with _reading(uri):
         infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
     return sorted(i.path for i in infos if i.is_file and i.path.endswith(suffix) and not _hidden(i.path.removeprefix(path)))
+
+
+def list_uris(uri: str | Path, suffix: str = "") -> list[str]:
+    """The same files, named as the directory is, so that `storage` reads them."""
+    _, path = resolve(uri)
+    return [join(uri, p.removeprefix(path).lstrip("/")) for p in list_files(uri, suffix)]
 
 
 def _hidden(relative: str) -> bool:

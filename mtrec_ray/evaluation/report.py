@@ -337,7 +337,7 @@ class _SplitFacts:
         names = [n for n in predictor.schema.labels if n not in predictor.schema.sensitive]
         sums: dict[str, NDArray[np.float64]] = {n: np.zeros(2) for n in names}
         columns = ["user_id", "target_item", "target_time", *[f"label_{n}" for n in names]]
-        for part in storage.list_files(data.path("windows", split), ".parquet"):
+        for part in storage.list_uris(data.path("windows", split), ".parquet"):
             table = storage.read_table(part, columns)
             has = pc.greater(pc.list_value_length(table["target_item"]), 0)
             self.user_ids |= set(table["user_id"].filter(has).to_pylist())

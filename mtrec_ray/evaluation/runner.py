@@ -74,8 +74,8 @@ def measure_split(
     texts of events. Raises EvaluationError when a system's scores are
     no numbers.
     """
-    parts = storage.list_files(data.path("windows", split), ".parquet")
-    there = set(storage.list_files(data.path("windows", "train"), ".parquet"))
+    parts = storage.list_uris(data.path("windows", split), ".parquet")
+    there = set(storage.list_uris(data.path("windows", "train"), ".parquet"))
     rows = []
     for part in parts:
         train = part.replace(f"/windows/{split}/", "/windows/train/")
@@ -123,7 +123,7 @@ def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str, tex
     Raises EvaluationError when the split has no test targets, BrokenScoresError when the model's numbers are none.
     """
     predictor = bundle.load(bundle_prefix)
-    tests = storage.list_files(data.path("windows", "test"), ".parquet")
+    tests = storage.list_uris(data.path("windows", "test"), ".parquet")
     if not any(len(storage.read_table(p, ["window"])) for p in tests):
         raise EvaluationError(f"protocol {config.data.protocol} leaves no test targets; nothing can be evaluated")
     baselines, skipped = _fit(config, data, predictor, _event_texts(text_prefix))

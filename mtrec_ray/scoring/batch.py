@@ -127,12 +127,12 @@ def _again(table: pa.Table) -> Iterator[pa.Table]:
 
 def shards_of_store(data: storage.Directory) -> list[Shard]:
     """Every part of the store."""
-    return [_shard(_name(p), store=p) for p in storage.list_files(data.path("store"), ".parquet")]
+    return [_shard(_name(p), store=p) for p in storage.list_uris(data.path("store"), ".parquet")]
 
 
 def shards_of_rows(data: storage.Directory, folder: str, partitions: Sequence[int]) -> list[Shard]:
     """The partitions that a file of users or pairs names."""
-    there = {_name(p): p for p in storage.list_files(data.path("store"), ".parquet")}
+    there = {_name(p): p for p in storage.list_uris(data.path("store"), ".parquet")}
     names = {number: f"part-{number:05d}" for number in sorted(partitions)}
     return [_shard(name, store=there.get(name), asked=(folder, number)) for number, name in names.items()]
 
@@ -152,7 +152,7 @@ def _shard(name: str, **of: Any) -> Shard:
 
 
 def _name(path: str) -> str:
-    return path.rsplit("/", 1)[1].removesuffix(".parquet")
+    return storage.resolve(path)[1].rsplit("/", 1)[1].removesuffix(".parquet")
 
 
 def check_output(config: RunConfig, what: str) -> None:

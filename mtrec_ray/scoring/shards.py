@@ -63,7 +63,7 @@ class Output:
         drafts = storage.join(self.root, "_draft")
         path = storage.resolve(drafts)[1]
         names = {p.removeprefix(path + "/").split("/")[0] for p in storage.list_files(drafts)} if storage.exists(drafts) else set()
-        for name in names - {self.draft.rsplit("/", 1)[1]}:
+        for name in names - {storage.resolve(self.draft)[1].rsplit("/", 1)[1]}:
             storage.delete(storage.join(drafts, name))
         return self.done()
 

@@ -22,7 +22,7 @@ from fastapi.responses import HTMLResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from mtrec_ray import bundle, golden
+from mtrec_ray import golden
 from mtrec_ray.encoders.loading import EncoderError
 from mtrec_ray.predictor import History, Predictor, Ranked, UnknownItemError
 from mtrec_ray.privacy import Pseudonyms
@@ -555,7 +555,7 @@ class Ingress(Stage):
             return
         deadline = time.time() + STAGES_READY_SECONDS
         for version in found:
-            kept, right = bundle.golden_requests(version.uri), 0
+            kept, right = version.golden, 0
             while right < AGREED_IN_A_ROW:
                 try:
                     answers = [await self._golden(version, h) for h in golden.asked(kept)]

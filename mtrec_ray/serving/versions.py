@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from mtrec_ray import bundle, golden
+from mtrec_ray import bundle, golden, storage
 from mtrec_ray.encoders.text import TextEncoder
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.serving.items import LiveItems
@@ -47,8 +47,12 @@ class Version:
         """prepare: is told of the predictor before anybody else. Raises BundleError, StorageError, GoldenError."""
         started = time.perf_counter()
         root = bundle.find(uri)
-        self.asked, self.uri, self.base = uri, root, bundle.load(root)
+        # another bundle may be published at the same place while this one serves: nothing is read from there again
+        prefix = bundle.prefix_of(root)
+        self.asked, self.uri, self.base = uri, root, bundle.load(prefix)
         self.fingerprint = self.base.fingerprint
+        self._prefix, self._golden = prefix, bundle.find_golden(prefix)
+        self._texts = bundle.text_vectors(prefix) if storage.is_local(prefix) else None  # a memory map
         self.seconds = {"load": time.perf_counter() - started}
         if prepare is not None:
             prepare(self.base, root)
@@ -58,7 +62,7 @@ class Version:
     def verify(self) -> None:
         """Ask the golden requests, which warms up too. Raises GoldenError, BundleError for a bundle without them."""
         started = time.perf_counter()
-        golden.check(self.base, bundle.golden_requests(self.uri))
+        golden.check(self.base, self.golden)
         self.seconds["golden"] = time.perf_counter() - started
 
     def live(self, items: LiveItems) -> tuple[int, Predictor]:
@@ -84,8 +88,15 @@ class Version:
             self._encoder = self.base.open_text_encoder()
         return self._encoder.encode(texts)
 
+    @property
+    def golden(self) -> dict[str, Any]:
+        """Requests with their answers. Raises BundleError for a bundle without them."""
+        if self._golden is None:
+            raise bundle.BundleError(f"{self.uri}: no golden requests; an older version wrote it: run jobs.index again")
+        return self._golden
+
     def text_vectors(self) -> Tensor | None:
-        return bundle.text_vectors(self.uri)
+        return self._texts if storage.is_local(self._prefix) else bundle.text_vectors(self._prefix)
 
 
 class Versions:

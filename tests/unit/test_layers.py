@@ -15,7 +15,7 @@ ADAPTERS = {
     "tuning/job.py",
 }  # fmt: skip
 SINGLE = [
-    "config", "features.py", "feature_fit.py", "diversity.py",
+    "config", "lock.py", "tracking.py", "features.py", "feature_fit.py", "diversity.py",
     "golden.py", "schema.py", "hashing.py", "expressions.py", "storage.py", "bundle.py", "predictor.py",
     "serving/history.py", "serving/api.py", "serving/store.py", "serving/sqlite_store.py", "serving/redis_store.py",
     "serving/settings.py", "serving/guard.py", "serving/export.py", "serving/items.py", "serving/impressions.py",

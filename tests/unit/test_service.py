@@ -179,6 +179,35 @@ def test_a_stage_that_has_none_of_them_is_a_503(make: Make, run: TinyRun) -> Non
     asyncio.run(work(make()))
 
 
+def test_what_serves_goes_on_when_another_bundle_is_published_in_its_place_and_can_come_back(run: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(run.folder / "bundle", tmp_path / "bundle")
+    shutil.copytree(run.folder / "bundle", tmp_path / "kept")
+    chosen = ServingSettings.model_validate({"store": {"kind": "none"}, "deadline_ms": 60_000})
+    root, data = str(tmp_path / "bundle"), str(run.folder / "data")
+    stages = [Here(d.func_or_class(root, data, chosen)) for d in (StateEncoder, Retrieval, Heads, TextEncoder)]
+    service = Ingress.func_or_class.__mro__[1](root, data, *stages, settings=chosen)
+    parts = [service, *(s.stage for s in stages)]
+
+    async def roll(uri: str | None) -> None:
+        for part in parts:
+            await part.reconfigure({"bundle": uri})
+        await asyncio.gather(*[p._rolling for p in parts if p._rolling is not None])
+
+    async def work() -> None:
+        await roll(None)
+        query = api.SearchRequest(text="Thing 7, odd", k=3)
+        before, found = await ask(service), await service.search(query)
+        shutil.rmtree(tmp_path / "bundle")
+        shutil.copytree(run.folder / "other", tmp_path / "bundle")  # what a nightly loop does with the place of a run's bundle
+        assert await ask(service) == before and await service.search(query) == found
+        await roll(str(run.folder / "other"))
+        assert (await ask(service))["bundle"] != before["bundle"]
+        await roll(str(tmp_path / "kept"))  # the first one, from where it was kept
+        assert (await ask(service))["items"] == before["items"] and service.versions.refused == {}
+
+    asyncio.run(work())
+
+
 def copied(run: TinyRun, to: Path, change: Callable[[Path], None]) -> Path:
     shutil.copytree(run.folder / "other", to)
     change(to / ("0" * 16))
@@ -256,7 +285,7 @@ def test_a_wrong_canary_is_told_once_by_its_own_name(make: Make, run: TinyRun, t
 
 
 def test_golden_requests_tell_another_model(run: TinyRun) -> None:
-    kept = bundle.golden_requests(run.bundle_root)
+    kept = bundle.find_golden(run.bundle_root)
     assert len(kept["requests"]) == golden.REQUESTS and kept["requests"][0]["item_ids"] == []
     golden.check(run.predictor, kept)
     other = bundle.load(str(run.folder / "other"))
@@ -271,7 +300,7 @@ def test_a_broken_model_has_no_golden_answers_and_cannot_be_rolled_out(run: Tiny
     broken.model.text_NE = load_text_vectors(text.prefix, storage.read_table(run.data.path("catalogue.parquet")))
     found = tiny.write_bundle(run.config, run.data, broken.model, tmp_path / "bundle", text)
     with pytest.raises(golden.GoldenError, match="the model is broken"):
-        golden.check(found, bundle.golden_requests(str(tmp_path / "bundle")))
+        golden.check(found, bundle.find_golden(str(tmp_path / "bundle")) or {})
 
 
 # ------------------------------------------------------------------ items

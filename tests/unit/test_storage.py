@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.command import show_log
 from mtrec_ray import lock, storage
 from mtrec_ray.storage import Directory, StorageError
 
@@ -358,3 +360,19 @@ def test_a_folder_that_is_a_file_is_named_with_the_cure(tmp_path: Path, below: s
     ):
         pass
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_messages_hold_no_keys_of_a_uri(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "s3://KEY:SE%2FCRET@bucket/a?region=x and redis://me:secret@host:1/0, but me@example.org"
+    assert storage.without_keys(text) == "s3://bucket/a?region=x and redis://host:1/0, but me@example.org"
+    assert str(StorageError("s3://k:s@b/c: gone")) == "s3://b/c: gone"
+    assert storage.shown("s3://k:s@b/c?x=1") == "s3://b/c" and storage.shown(tmp_path) == str(tmp_path)
+    show_log()
+    logging.getLogger("mtrec_ray").warning("reused %s", "s3://k:s@b/c")
+    assert capsys.readouterr().err.endswith(" reused s3://b/c\n")
+
+
+def test_files_are_listed_as_their_directory_is_named(tmp_path: Path) -> None:
+    storage.write_bytes(tmp_path / "a" / "b" / "x.parquet", b"")
+    storage.write_bytes(tmp_path / "a" / "_hidden" / "y.parquet", b"")
+    assert storage.list_uris(tmp_path / "a", ".parquet") == [str(tmp_path / "a" / "b" / "x.parquet")]
