@@ -6,9 +6,10 @@ clients. Variants: the graph (five deployments) and the fused service (one), eac
 process around the same predictor, the predictor called in process, and an empty graph: an ingress that calls three deployments, one
 after the other, which do nothing (what Serve itself takes). User states are not remembered (cached_states: 0), except in the
 variants that say so, and in the measurement of what a repeated request costs: CPU seconds of all processes of the service per
-request, less what they take while nobody asks, the same user again and again, against the same without remembering. The requests per
-second over the bare process are told for both: every answer computed, and as deployed (states remembered, users at random of all),
-which is what the bar is held to. Last, what a service with a queue of two says to 32 clients at once: 429 with Retry-After, and no other error.
+request, less what they take while nobody asks, the same user again and again, against the same without remembering. The requests
+per second over the bare process are told for both: every answer computed, and as deployed (states remembered, users at random of
+all), which is what the bar is held to. Last, what a service with a queue of two says to 32 clients at once: 429 with Retry-After,
+and no other error.
 
 Value: milliseconds that the graph in throughput mode adds at one client to the predictor's own p50.
 """
