@@ -15,6 +15,7 @@ import itertools
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -155,7 +156,9 @@ def _ended(client: JobSubmissionClient, job: str, seconds: float) -> Any:
 
 
 def run(client: JobSubmissionClient, job: str, address: str) -> int:
-    """Follow a job until it ends -> its exit code. Ctrl-C stops it."""
+    """Follow a job until it ends -> its exit code. Ctrl-C stops it, also where the shell that started this ignores it."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.default_int_handler)
     try:
         while not client.get_job_info(job).status.is_terminal():
             try:

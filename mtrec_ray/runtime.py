@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import pickle
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,14 +42,8 @@ def connect(num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address="auto", log_to_driver=True)
-        except ConnectionError as error:
-            raise PreflightError(
-                f"RAY_ADDRESS is {address}, and no Ray cluster answers there: {error}. Correct it, or unset it to run here"
-            ) from None
-        except RuntimeError as error:  # in Ray's own words: versions that differ
-            raise PreflightError(f"RAY_ADDRESS is {address}: {error}") from None
+        _check_answers(address)
+        ray.init(address="auto", log_to_driver=True)
         return
     ray.init(
         num_cpus=num_cpus or max(4, os.cpu_count() or 1),
@@ -58,6 +53,20 @@ def connect(num_cpus: int | None = None) -> None:
         log_to_driver=True,
         logging_level=logging.WARNING,
     )
+
+
+def _check_answers(address: str) -> None:
+    """Raises PreflightError where nothing listens: Ray itself would end the process, without a message of its own."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:  # auto, ray://: Ray says what is wrong
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise PreflightError(
+            f"RAY_ADDRESS is {address}, and no Ray cluster answers there ({error.strerror or error}). Correct it, or unset it "
+            "to run on this machine"
+        ) from None
 
 
 @dataclass

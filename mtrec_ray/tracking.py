@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,8 +43,11 @@ def _mlflow(config: RunConfig, run: str) -> None:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
-    uri = config.tracking.mlflow
-    client = MlflowClient(tracking_uri=str(Path(uri).absolute().as_uri()) if uri and "://" not in uri else uri)
+    uri = str(config.tracking.mlflow)
+    if "://" not in uri:  # a directory, as asked; MLflow's own default is a database by now
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        uri = Path(uri).absolute().as_uri()
+    client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(config.tracking.experiment)
     experiment = found.experiment_id if found is not None else client.create_experiment(config.tracking.experiment)
     metrics = storage.read_json(storage.join(run, "metrics.json"))
@@ -63,4 +67,4 @@ def _mlflow(config: RunConfig, run: str) -> None:
             Path(folder, file).write_bytes(storage.read_bytes(storage.join(run, file)))
             client.log_artifact(made.info.run_id, str(Path(folder, file)))
     client.set_terminated(made.info.run_id)
-    log.info("tracking: %s, experiment %s", storage.shown(str(uri)), config.tracking.experiment)
+    log.info("tracking: %s, experiment %s", storage.shown(uri), config.tracking.experiment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ def test_a_pipeline_submitted_with_ray_job_submit_succeeds(ray_cluster: Any, tmp
     assert (tmp_path / "run" / "metrics.json").exists() and list((tmp_path / "run" / "scores").glob("*.parquet"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -87,3 +89,43 @@ def test_cells_of_the_conflict_report_run_as_ray_tasks_and_are_not_run_again(ray
     assert len(cells) == 3 and (tmp_path / "run" / "tasks" / "tasks.html").exists()
     assert tasks.main(arguments) == 0
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run" / "tasks" / "cells").glob("*.json")} == cells
+
+
+@pytest.mark.ray
+def test_labels_that_no_node_has_are_refused_and_an_autoscaler_is_counted(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.data
+
+    from mtrec_ray import runtime
+    from mtrec_ray.config import load_config
+
+    path = write_config(tmp_path)
+    with pytest.raises(
+        runtime.PreflightError, match=r"placement\.batch asks for nodes labelled role=batch, and the cluster has none"
+    ):
+        runtime.preflight(load_config(path, ["placement.batch.role=batch"]), str(tmp_path))
+    large = load_config(path, ["train.workers=6", "placement.train.role=train"])
+    with pytest.raises(runtime.PreflightError, match=r"placement\.train"):
+        runtime.preflight(large, str(tmp_path))
+    grown = {"CPU": 16, "GPU": 2}
+    monkeypatch.setattr("ray._private.state.state.get_max_resources_from_cluster_config", lambda: grown)
+    assert runtime.capacity()["CPU"] == 16 and runtime.capacity()["GPU"] == 2
+    runtime.preflight(large, str(tmp_path))  # it may add nodes, whatever their labels are
+    with pytest.raises(runtime.PreflightError, match=r"train\.workers is 64.*16 CPUs"):
+        runtime.preflight(load_config(path, ["train.workers=64"]), str(tmp_path))
+    runtime.preflight(load_config(path, ["placement.batch.role=batch"]), str(tmp_path))
+    options = ray.data.DataContext.get_current().execution_options
+    assert options.label_selector == {"role": "batch"}
+    monkeypatch.undo()
+    runtime.preflight(load_config(path), str(tmp_path))
+    assert ray.data.DataContext.get_current().execution_options.label_selector is None
+
+
+def test_an_address_without_a_cluster_is_one_message(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    command = [sys.executable, "-m", "jobs.prepare", "--config", str(config), "--out", str(tmp_path / "run")]
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:9"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.startswith("error: RAY_ADDRESS is 127.0.0.1:9, and no Ray cluster answers there")

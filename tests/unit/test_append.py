@@ -59,6 +59,7 @@ def decoded(data: storage.Directory, kind: str) -> pa.Table:
     return table.take(pa.array(np.argsort(table["user_id"].cast(pa.string()).to_numpy(zero_copy_only=False), kind="stable")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -116,6 +117,7 @@ def test_training_items_keep_their_numbers_and_new_ones_come_after_them(tmp_path
     assert [r["trained"] for r in new] == sorted((r["trained"] for r in new), reverse=True)
 
 
+@pytest.mark.slow
 def test_a_partition_without_new_rows_is_taken_as_it_is(tmp_path: Path) -> None:
     write_days(tmp_path, 2)
     config = config_of(tmp_path, protocol="user_holdout", partitions=8)

@@ -43,6 +43,7 @@ def without_last_file(folder: Path) -> tuple[Path, str]:
 # --------------------------------------------------------------------------- forgetting, then a day
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["time", "user_holdout"])
 @pytest.mark.parametrize("kind", ["wide", "long"])
 def test_a_day_joins_data_without_a_forgotten_user_as_if_the_user_had_never_been(tmp_path: Path, kind: str, protocol: str) -> None:
@@ -162,6 +163,7 @@ def test_a_file_that_is_gone_since_is_refused(tmp_path: Path) -> None:
         append(config, tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_a_users_table_that_has_changed_reaches_all_windows(tmp_path: Path) -> None:
     write_days(tmp_path, 2)
     config = config_of(tmp_path, protocol="user_holdout", partitions=8)
@@ -194,6 +196,7 @@ def test_files_without_a_row_group_take_no_number_from_those_that_follow(tmp_pat
     assert repr(decoded(grown, "events").to_pylist()) == repr(decoded(at_once, "events").to_pylist())
 
 
+@pytest.mark.slow
 def test_unmatched_actions_of_before_stay_counted_and_a_partition_of_nothing_else_stays_one(tmp_path: Path) -> None:
     tiny.write_log(tmp_path)
     test_long.write_long_log(tmp_path)

@@ -196,6 +196,7 @@ def test_a_column_of_the_wrong_type_is_quarantined_row_by_row(tmp_path: Path) ->
     refused(tmp_path, DataError, r"12 of 48 rows .*rating is not a number.*part-0\.parquet")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_disk_that_is_full_is_named_and_leaves_what_was_published(tmp_path: Path) -> None:
     """The largest file that may be written is far smaller than what is written: as if the disk were full."""

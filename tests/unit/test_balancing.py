@@ -35,6 +35,7 @@ def reference(kind: str, jacobian_TF: Tensor) -> Tensor:
     return aggregators[kind]()(jacobian_TF)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GRAMIAN_KINDS)
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 def test_the_weighted_sum_points_where_torchjd_points_on_the_full_jacobian(kind: str, scale: float) -> None:

@@ -41,6 +41,7 @@ def counted(raw: dict[str, Any]) -> None:
     raw["train"] |= {"epochs": 2}
 
 
+@pytest.mark.slow
 def test_the_kind_of_the_page_works_from_loading_to_lists(count_kind: tasks.Kind, tmp_path: Path) -> None:
     tiny.write_log(tmp_path)
     config = tiny.make_config(tmp_path, counted)

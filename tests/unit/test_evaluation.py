@@ -41,6 +41,7 @@ def evaluate_locally(data: storage.Directory, predictor: Any, resamples: int = 4
     return report_numbers(predictor.config, data, predictor, reduced, baselines, skipped, resampler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["time", "leave_one_out", "user_holdout", "item_holdout", "random"])
 def test_every_protocol_trains_and_is_evaluated_beside_its_baselines(tmp_path: Path, protocol: str) -> None:
     tiny.write_log(tmp_path, users=40, items=40, seed=2)
@@ -177,6 +178,7 @@ def test_boosting_sees_what_is_visible_at_each_target_alone(tiny_run: TinyRun) -
         assert found[row, rating] == pytest.approx(shown.mean(), rel=1e-5) if len(shown) else np.isnan(found[row, rating])
 
 
+@pytest.mark.slow
 def test_the_item_bag_learns_an_attribute_that_the_items_show(tiny_run: TinyRun) -> None:
     """Even users like even items: on them the bag is right where the majority cannot be."""
     predictor = bundle.load(tiny_run.bundle_root)

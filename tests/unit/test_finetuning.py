@@ -247,6 +247,7 @@ def test_adapters_leave_the_weights_they_adapt_alone(tiny_run: TinyRun, folder: 
     assert sum(trained) == 2 * 2 * (16 + 16)  # rank 2 of query and value: 16 to 16, in one layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny_run: TinyRun, folder: Path, tmp_path: Path, ema: float) -> None:
     config = config_of(tiny_run, folder, items_per_step=4, ema=ema)

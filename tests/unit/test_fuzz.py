@@ -47,6 +47,7 @@ def send(method: str, path: str, **given: Any) -> httpx.Response:
     return asyncio.run(ask())
 
 
+@pytest.mark.slow
 def test_thousands_of_generated_requests_and_not_one_failure(service: Any) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     schema = schemathesis.openapi.from_dict(send("GET", "/openapi.json").json())

@@ -33,6 +33,7 @@ def modules() -> list[str]:
     return ["mtrec_ray." + ".".join(r.with_suffix("").parts).removesuffix(".__init__") for r in relative]
 
 
+@pytest.mark.slow
 def test_the_rooms_without_ray_do_not_import_ray() -> None:
     program = "import sys\nfor m in sys.argv[1:]:\n    __import__(m)\n    assert 'ray' not in sys.modules, m"
     done = subprocess.run([sys.executable, "-c", program, *modules()], capture_output=True, text=True, check=False)

@@ -111,6 +111,7 @@ def test_a_bucket_that_may_not_be_read_or_written_is_named(bucket: Bucket) -> No
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_now_and_then_is_asked_again(bucket: Bucket) -> None:
     directory = storage.Directory(bucket.flaky)
     inputs = storage.sha256("inputs")

@@ -306,6 +306,7 @@ def reference(log: list[Row], data: DataConfig) -> dict[int, dict[str, float | N
     return out
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(log=_logs, section=_sections, same_time=_orders)
 def test_the_join_equals_plain_loops(log: list[Row], section: dict[str, Any], same_time: str) -> None:
@@ -337,6 +338,7 @@ def histories(log: list[Row], run: RunConfig) -> dict[int, list[Any]]:
     return out
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(log=_logs, section=_sections, same_time=_orders, history=st.sampled_from(["click > 0 or present(rating)", "1 > 0"]))
 def test_what_a_target_sees_is_what_the_log_said_before_its_moment(

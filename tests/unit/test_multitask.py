@@ -503,6 +503,7 @@ def test_the_page_shows_gradients_gate_and_grid(started: Callable[..., tuple[int
     assert "Seesaw." in page and "rating: the joint model may be worse" in page and "The best one against the plain sum" in page
 
 
+@pytest.mark.slow
 def test_the_gate_says_which_task_loses(started: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]) -> None:
     assert started("--epochs", "1", "--seeds", "1", "--seesaw", "0.2", runner=Counting())[0] == 0
     capsys.readouterr()

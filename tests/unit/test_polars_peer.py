@@ -57,6 +57,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     return Both(folder / "log", ours, folder / "polars", found, users)
 
 
+@pytest.mark.slow
 def test_every_window_of_polars_is_the_one_that_mtrec_ray_prepares(both: Both) -> None:
     ours = both.our_windows()
     assert sum(len(w["train"]) for w in ours.values()) > len(both.users)  # some users have several

@@ -176,6 +176,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlm", "clm"])
 def test_held_out_perplexity_falls_and_the_directory_is_an_encoder(
     kind: str, tiny_run: TinyRun, bert: Path, gpt: Path, tmp_path: Path
@@ -393,6 +394,7 @@ def test_contrastive_brings_texts_of_one_taste_together(tiny_run: TinyRun, bert:
     assert apart(tmp_path / "model") > apart(bert) + 0.3
 
 
+@pytest.mark.slow
 def test_a_student_has_fewer_layers_and_its_teachers_vectors(tiny_run: TinyRun, tmp_path: Path) -> None:
     teacher = write_checkpoint(tmp_path / "teacher", layers=3, spread=0.3)
     config = config_of(tiny_run, teacher, objective="distil", layers=2, epochs=30, learning_rate=0.003)

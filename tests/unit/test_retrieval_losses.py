@@ -132,6 +132,7 @@ def test_with_many_negatives_the_sampled_softmax_is_the_full_one(exclude_seen: b
         assert (found - wanted).norm() < 0.03 * wanted.norm()
 
 
+@pytest.mark.slow
 def test_the_sampled_denominator_is_right_on_average() -> None:
     """Few draws: the mean of Z over steps is Z. Without the correction, or with the hits, it would be far off."""
     task, forward, batch = sampled(SampledSoftmax, True, 5, 0.75), make_forward(), make_batch()

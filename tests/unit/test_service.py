@@ -116,6 +116,7 @@ def test_nobody_gets_more_than_max_k(make: Make) -> None:
 # ------------------------------------------------------------------ versions
 
 
+@pytest.mark.slow
 def test_a_rollout_switches_whole_answers_and_rolls_back(make: Make, run: TinyRun) -> None:
     other = bundle.load(str(run.folder / "other"))
 

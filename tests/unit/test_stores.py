@@ -241,6 +241,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_what_sqlite_acknowledged_is_there_after_a_kill(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -446,6 +446,7 @@ def test_folds_hold_out_each_user_or_item_once(take: Callable[..., NDArray[np.in
     assert ((splits[9] == VALID) == (splits[0] == TEST)).all()  # what a fold stops at is the next one's test
 
 
+@pytest.mark.slow
 def test_random_folds_part_the_log_and_show_the_whole_training_part() -> None:
     events = make_events(big_log())
     splits = [windows.split_at_random(events, 5, fold) for fold in range(5)]
