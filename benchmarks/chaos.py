@@ -197,7 +197,7 @@ def data_actor(run: str, folder: Path) -> Case:
     """A Ray Data actor of batch scoring."""
     took, found = [], []
     for name in ("scored", "scored-killed"):
-        out = linked(run, folder / name, "data", "text", "bundle")
+        out = linked(run, folder / name, "data", "text", "train", "bundle", "evaluation")
         job = Job("jobs.score", "--config", CONFIG, "--out", out, "scoring.batch_users=2")
         if name == "scored-killed":
             job.wait_until(partial(job.below, "ray::MapWorker"))
@@ -247,10 +247,11 @@ def full_object_store(folder: Path) -> Case:
     """Preparation on a cluster whose object store of 80 MiB has 70 held by somebody else."""
     command = [sys.executable, "-c", FULL_STORE]
     took = []
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+    alone = os.environ | {"RAY_AUTH_MODE": "disabled"}  # another process connects to it
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone) as cluster:
         assert cluster.stdin is not None and cluster.stdout is not None
         address = cluster.stdout.readline().strip()
-        job = Job("jobs.prepare", "--config", CONFIG, "--out", str(folder / "store"), RAY_ADDRESS=address)
+        job = Job("jobs.prepare", "--config", CONFIG, "--out", str(folder / "store"), RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
         code = job.end()
         took.append(time.monotonic() - job.began)
         cluster.stdin.close()
@@ -388,7 +389,8 @@ def main() -> int:
     parser.add_argument("--run", default="runs/demo", help="a run of ML-100K, such as make demo leaves")
     parser.add_argument("--only", choices=["training", "data", "serving"], help="some of the cases; the page is not written then")
     args = parser.parse_args()
-    run, folder, cases = storage.absolute(args.run), Path(tempfile.mkdtemp(dir=Path(args.run).parent)), list[Case]()
+    run, cases = storage.absolute(args.run), list[Case]()
+    folder = Path(tempfile.mkdtemp(dir=Path(run).parent))
     skipped = []
     try:
         if args.only in (None, "training"):

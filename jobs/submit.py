@@ -61,6 +61,11 @@ def connected(address: str | None) -> JobSubmissionClient:
         client = JobSubmissionClient(address)
         there = client._do_request("GET", "/api/version").json()["ray_version"]
     except (ConnectionError, OSError, RuntimeError, KeyError, ValueError) as error:
+        if "token" in str(error).lower() or "401" in str(error):
+            raise SubmitError(
+                f"--address {address}: the cluster wants its token. Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it "
+                "(docs/cluster.md)"
+            ) from None
         raise SubmitError(
             f"--address {address}: no Ray cluster answers there ({plain(error).splitlines()[0][:200]}). It is the address of the "
             "dashboard, port 8265 of the head node; from outside: ray dashboard cluster.yaml"

@@ -43,7 +43,10 @@ def connect(num_cpus: int | None = None) -> None:
         return
     if address := os.environ.get("RAY_ADDRESS"):
         _check_answers(address)
-        ray.init(address="auto", log_to_driver=True)
+        try:
+            ray.init(address="auto", log_to_driver=True)
+        except ConnectionError as error:  # the cause says more: another version, a token that is missing
+            raise PreflightError(f"RAY_ADDRESS is {address}: {error}. {error.__cause__ or ''}".rstrip()) from None
         return
     ray.init(
         num_cpus=num_cpus or max(4, os.cpu_count() or 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_ctrl_c_stops_the_job(ray_cluster: Any, config: Path, tmp_path: Path) ->
         began, seen = time.monotonic(), ""
         while "train: start" not in seen and time.monotonic() - began < 120:
             seen += running.stdout.readline()
-        job = seen.split(":")[0]
+        job = re.findall(r"raysubmit_\w+", seen)[0]
         running.send_signal(signal.SIGINT)
         rest = running.communicate(timeout=120)[0]
     assert running.returncode == 130, seen + rest
