@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--noninferior", type=float, default=0.02, metavar="SHARE", help="how much worse the new one may be")
     parser.add_argument("--gate", action="append", default=[], metavar="TASK/METRIC", help="what that holds for; may be repeated")
     parser.add_argument("--keep", type=int, default=7, metavar="N", help="nights that stay (default 7)")
+    parser.add_argument("--anew", action="store_true", help="prepare the whole log anew, after a change of the section data")
     parser.add_argument("--from-scratch", action="store_true", help="train without the weights of the bundle that serves")
     parser.add_argument("--no-score", action="store_true", help="write no lists")
     parser.add_argument("--log", help="directory or URI that data.interactions reads: the service's events go there first")
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             return _told(roll_back(config, root, rolled))
         if args.log is not None:
             _export(root, args.log, args.store)
-        settings = Settings(args.noninferior, tuple(args.gate), args.keep, args.from_scratch)
+        settings = Settings(args.noninferior, tuple(args.gate), args.keep, args.anew, args.from_scratch)
         return _told(run_night(config, root, settings, rolled, score=not args.no_score))
     except USER_ERRORS as error:
         if args.debug:

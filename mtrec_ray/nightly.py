@@ -44,6 +44,8 @@ class Settings:
     """What that holds for, as `TASK/METRIC`; default: ndcg@10 of the retrieval task."""
     keep: int = 7
     """Nights that stay, those that serve or served last not counted."""
+    anew: bool = False
+    """Prepare the whole log anew: after a change of the section `data`."""
     from_scratch: bool = False
     """Train without the weights of the bundle that serves."""
 
@@ -103,7 +105,8 @@ def run_night(
     runtime.preflight(config, root)
     nights = Nights(root)
     with lock.only_writer(nights.root):
-        shared = Run(config, nights.root, append=storage.exists(nights.path("data", "manifest.json")))
+        append = not settings.anew and storage.exists(nights.path("data", "manifest.json"))
+        shared = Run(config, nights.root, append=append)
         shared.stage("prepare")
         if config.encoder is not None:
             shared.stage("encode")
