@@ -24,7 +24,7 @@ test: install
 	$(BIN)/python -m pytest -m ray
 
 fast: install
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "not ray and not slow" -n 2 --dist loadfile
 
 # of lines in the rooms that know no Ray
 coverage: install
