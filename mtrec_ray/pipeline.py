@@ -248,7 +248,7 @@ class Run:
         except ModuleNotFoundError as error:
             log.info("evaluate: no report, %s is missing: pip install 'mtrec_ray[report]'", error.name)
         except Exception:  # a picture that cannot be drawn must not cost the run its scores
-            log.exception("evaluate: no report; python -m jobs.report %s tries again", self.out)
+            log.exception("evaluate: no report; python -m jobs.report %s --data %s tries again", self.out, self.data.root)
 
     def _need(self, directory: storage.Directory, stage: str) -> None:
         if not storage.exists(storage.join(directory.root, "manifest.json")):
