@@ -78,11 +78,11 @@ def connected(address: str | None) -> JobSubmissionClient:
     return client
 
 
-def check(job: str, arguments: Sequence[str]) -> None:
+def check(arguments: Sequence[str]) -> None:
     """What would be found too late, on the cluster. Raises SubmitError, ConfigError."""
     values = dict(itertools.pairwise(arguments))
     places = {o: values[o] for o in PATHS if o in values}
-    if job != "compare" and "--out" not in values and "--config" in values:
+    if "--config" in values and not {"--out", "--run"} & set(values):
         raise SubmitError("--out: name a URI, or an absolute path that all nodes mount; the job's own folder is gone when it ends")
     if "--config" in values:
         config = load_config(values["--config"], [a for a in arguments if "=" in a and not a.startswith("-")])
@@ -210,9 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; alone: as it is here")
     parser.add_argument("--python", default="python", help="the interpreter on the cluster (default python)")
     parser.add_argument("--no-wait", action="store_true", help="print the job's id and leave it alone")
-    args, arguments = parser.parse_known_args(argv)
+    args, given = parser.parse_known_args(argv)
+    arguments = [part for a in given for part in (a.split("=", 1) if a.startswith("--") else [a])]  # --out=URI is --out URI
     try:
-        check(args.job, arguments)
+        check(arguments)
         wanted, variables = labels(args.labels), environment(args.env)
         client = connected(args.address)
         with packed(arguments) as (folder, inside):

@@ -64,19 +64,20 @@ def test_an_address_where_no_cluster_of_this_version_answers_is_refused(old_clus
 
 def test_mistakes_of_the_configuration_are_said_here(config: Path) -> None:
     out = "s3://bucket/run"
-    check("pipeline", ["--config", str(config), "--out", out, "train.epochs=3"])
+    check(["--config", str(config), "--out", out, "train.epochs=3"])
     with pytest.raises(ConfigError, match=r"train\.epoch: unknown key"):
-        check("pipeline", ["--config", str(config), "--out", out, "train.epoch=3"])
+        check(["--config", str(config), "--out", out, "train.epoch=3"])
     with pytest.raises(SubmitError, match="--out: name a URI"):
-        check("pipeline", ["--config", str(config)])
+        check(["--config", str(config)])
+    check(["--config", str(config), "--run", out])  # jobs.tasks
     with pytest.raises(SubmitError, match="--out: runs/x is relative"):
-        check("pipeline", ["--config", str(config), "--out", "runs/x"])
+        check(["--config", str(config), "--out", "runs/x"])
     with pytest.raises(SubmitError, match=r"data\.interactions\.path: log is relative"):
-        check("train", ["--config", str(config), "--out", out, "data.interactions.path=log"])
+        check(["--config", str(config), "--out", out, "data.interactions.path=log"])
     with pytest.raises(SubmitError, match=r"scoring\.users: users\.parquet is relative"):
-        check("score", ["--config", str(config), "--out", out, "scoring.users=users.parquet"])
+        check(["--config", str(config), "--out", out, "scoring.users=users.parquet"])
     with pytest.raises(SubmitError, match="--verify: runs/x is relative"):
-        check("score", ["--verify", "runs/x"])
+        check(["--verify", "runs/x"])
 
 
 def test_code_and_configurations_travel_and_data_do_not(config: Path, tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_variables_and_labels_are_read_or_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_line_says_one_thing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["pipeline", "--address", "http://127.0.0.1:9", "--config", str(config), "--out", "/x"]
+    command = ["pipeline", "--address", "http://127.0.0.1:9", f"--config={config}", "--out=/x", "train.epochs=2"]
     assert submit.main(command) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: --address http://127.0.0.1:9") and len(told.splitlines()) == 1
