@@ -9,11 +9,17 @@ import sys
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import ray.exceptions
+import ray.train
+
 from mtrec_ray import storage
 from mtrec_ray.config import load_config
 from mtrec_ray.pipeline import run_stages
 
-USER_ERRORS = (ValueError, RuntimeError)
+LOST = (ray.exceptions.RayActorError, ray.train.ControllerError)
+"""A part of Ray died, and Ray did not start it again."""
+USER_ERRORS = (ValueError, RuntimeError, *LOST)
+"""What one message says: a mistake that can be mended, or something that the same command mends."""
 
 
 def main(stages: tuple[str, ...], description: str, argv: list[str] | None = None) -> int:
@@ -56,6 +62,11 @@ def show_log() -> None:
 
 def plain(error: BaseException) -> str:
     """The message of an error; of one raised in a worker, its cause's."""
+    if isinstance(error, LOST):
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return (
+            f"a part of Ray died: {storage.without_keys(first)} The same command goes on where this one ended; --debug shows more"
+        )
     cause = getattr(error, "cause", None)
     while isinstance(cause, BaseException):
         error, cause = cause, getattr(cause, "cause", None)

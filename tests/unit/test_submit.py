@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from jobs import submit
+from jobs.command import USER_ERRORS, plain
 from jobs.submit import SubmitError, check, connected, environment, labels, packed
 from mtrec_ray.config import ConfigError
 from tests import tiny
@@ -109,3 +110,11 @@ def test_the_command_line_says_one_thing(config: Path, capsys: pytest.CaptureFix
     assert told.startswith("error: --address http://127.0.0.1:9") and len(told.splitlines()) == 1
     with pytest.raises(SystemExit):
         submit.main(["juggle"])
+
+
+def test_a_part_of_ray_that_died_is_said_with_the_cure() -> None:
+    import ray.exceptions
+
+    said = plain(ray.exceptions.ActorDiedError())
+    assert said.startswith("a part of Ray died: The actor died unexpectedly") and "The same command goes on" in said and "--debug" in said
+    assert isinstance(ray.exceptions.ActorDiedError(), USER_ERRORS)
