@@ -116,5 +116,6 @@ def test_a_part_of_ray_that_died_is_said_with_the_cure() -> None:
     import ray.exceptions
 
     said = plain(ray.exceptions.ActorDiedError())
-    assert said.startswith("a part of Ray died: The actor died unexpectedly") and "The same command goes on" in said and "--debug" in said
+    assert said.startswith("a part of Ray died: The actor died unexpectedly")
+    assert "The same command goes on" in said and "--debug" in said
     assert isinstance(ray.exceptions.ActorDiedError(), USER_ERRORS)
