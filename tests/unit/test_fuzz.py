@@ -168,4 +168,4 @@ def test_any_text_can_be_an_item_or_is_refused(service: Any, text: str) -> None:
     except (httpx.InvalidURL, UnicodeEncodeError):
         return
     answer = send("PUT", str(path), json={"columns": {"name": text, "genre": "even"}})
-    assert answer.status_code in (200, 404, 405, 422), answer.text
+    assert answer.status_code in (200, 307, 404, 405, 422), answer.text  # 307: a slash at the end is not of the id
