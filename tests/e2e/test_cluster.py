@@ -54,7 +54,7 @@ class Nodes:
     environment: dict[str, str]
 
     def run(self, *command: str, expect: int = 0) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=200, cwd=ROOT)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=400, cwd=ROOT)
         assert done.returncode == expect, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done.stdout + done.stderr
 
