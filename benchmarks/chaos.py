@@ -111,8 +111,10 @@ class Job:
 
 
 def _kill(pids: list[int]) -> None:
-    for pid in pids[:1]:
-        os.kill(pid, signal.SIGKILL)
+    """Raises RuntimeError where there is nobody to kill: a case that kills nothing would always be whole."""
+    if not pids:
+        raise RuntimeError("the process that was to be killed is not there")
+    os.kill(pids[0], signal.SIGKILL)
 
 
 def linked(source: str, target: Path, *names: str) -> str:

@@ -27,7 +27,7 @@ from mtrec_ray.serving.rollout import Target, roll_out
 
 def _export(root: str, log: str, store: str | None) -> None:
     """What the service kept since the last night joins the log. Raises RuntimeError."""
-    if not storage.exists(f"{root}/bundle/manifest.json"):
+    if not storage.exists(storage.join(root, "bundle", "manifest.json")):
         return  # the first night: nothing has served yet
     arguments = ["--run", root, "--to", log, *([] if store is None else ["--store", store])]
     if export_events.main(arguments) != 0:

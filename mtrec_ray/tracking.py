@@ -56,7 +56,7 @@ def _mlflow(config: RunConfig, run: str) -> None:
     made = client.create_run(experiment, run_name=f"{config.name} {name}", tags=tags)
     # MLflow's names may not hold @
     numbers = {n.replace("@", "_at_").replace(".", "/"): float(v) for n, v in flat(metrics["model"]) if isinstance(v, int | float)}
-    params = [Param(n, str(v)[:500]) for n, v in flat(config.model_dump(mode="json"))]
+    params = [Param(n, storage.without_keys(str(v))[:500]) for n, v in flat(config.model_dump(mode="json"))]
     for begin in range(0, len(params), 100):
         client.log_batch(made.info.run_id, params=params[begin : begin + 100])
     for begin in range(0, len(numbers), 1000):

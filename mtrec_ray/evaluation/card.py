@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtrec_ray.config import RunConfig
+from mtrec_ray.storage import shown
 
 SHOWN = ("ndcg@10", "hr@10", "recall@20", "rmse", "auc", "accuracy", "macro_f1")
 """Metrics of the first table; metrics.json has all."""
@@ -50,7 +51,7 @@ def _sensitive(config: RunConfig) -> str:
 def _training(config: RunConfig, training: Mapping[str, Any]) -> list[str]:
     if "best_epoch" not in training:
         return []
-    warm = f" It began with the weights of `{config.train.warm_start}`." if config.train.warm_start else ""
+    warm = f" It began with the weights of `{shown(config.train.warm_start)}`." if config.train.warm_start else ""
     return [
         f"Trained for {training.get('seconds', 0):.0f} s on {training.get('workers', 1)} worker(s); the best of at most "
         f"{config.train.epochs} epochs, by {config.train.monitor} on valid, was number {training['best_epoch']}.{warm}",

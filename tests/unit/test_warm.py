@@ -11,7 +11,6 @@ import torch
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import ConfigError, RunConfig
 from mtrec_ray.predictor import Predictor
-from mtrec_ray.training import warm
 from mtrec_ray.training.warm import WarmStartError, carry
 from mtrec_ray.training.worker import build_model, load_schema, tell_items, training_fingerprint, warm_start
 from tests import tiny
@@ -118,7 +117,6 @@ def test_a_run_that_begins_warm_begins_there_and_has_an_identity_of_its_own(tiny
     assert training_fingerprint(of(str(tiny_run.folder)), tiny_run.data, None) == begun  # what it is, not where
     with pytest.raises(storage.StorageError, match="nowhere"):
         training_fingerprint(of(str(tmp_path / "nowhere")), tiny_run.data, None)
-    assert warm.NEEDED == ("trunk.", "item_tower.")
 
 
 def test_a_text_encoder_that_is_trained_too_names_its_own_beginning(tiny_folder: Path) -> None:
