@@ -49,6 +49,7 @@ def connect(num_cpus: int | None = None) -> None:
             raise PreflightError(f"RAY_ADDRESS is {address}: {error}. {error.__cause__ or ''}".rstrip()) from None
         return
     ray.init(
+        address="local",
         num_cpus=num_cpus or max(4, os.cpu_count() or 1),
         object_store_memory=512 << 20,
         include_dashboard=True,

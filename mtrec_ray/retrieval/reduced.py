@@ -6,6 +6,7 @@ for GPUs. `benchmarks.scoring_int8` measures both.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtrec_ray.models.int8 import rounded
+from mtrec_ray.models.int8 import NATIVE, product, rounded
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, RecallError, mask_items, top_k
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["bf16", "int8"]
 RESCORED = 2
@@ -32,6 +35,8 @@ class ReducedIndex(ExactIndex):
         if precision == "int8" and item_vec_ND.device.type != "cpu":
             raise ValueError("index.precision: int8 is for CPUs; take bf16 on a GPU")
         if precision == "int8":
+            if not NATIVE:
+                log.warning("index.precision: int8 is slower than float32 on this CPU, which has no VNNI; take float32")
             self.reduced_ND, scale_N1 = rounded(self.item_vec_ND)
             self.scale_N = scale_N1[:, 0].contiguous()
         else:
@@ -51,7 +56,7 @@ class ReducedIndex(ExactIndex):
         if self.precision == "bf16":
             return (query_BD.bfloat16() @ self.reduced_ND.T).float()
         query_int8_BD, _ = rounded(query_BD)
-        return torch._int_mm(query_int8_BD, self.reduced_ND.T).float() * self.scale_N
+        return product(query_int8_BD, self.reduced_ND.T) * self.scale_N
 
 
 def build_reduced(item_vec_ND: Tensor, query_QD: Tensor, k: int, precision: Precision, min_recall: float) -> ReducedIndex:

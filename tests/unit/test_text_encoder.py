@@ -20,6 +20,7 @@ from mtrec_ray.config import EncoderConfig
 from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.encoders.loading import EncoderError, resolve_model
 from mtrec_ray.encoders.text import TextEncoder, pool
+from mtrec_ray.models import int8
 from mtrec_ray.models.int8 import Int8Embedding, Int8Linear, size_bytes, to_int8
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
@@ -413,6 +414,17 @@ def test_a_linear_layer_in_eight_bits_by_hand() -> None:
     error = (found - expected).abs() / (x.norm(dim=-1, keepdim=True) * linear.weight.norm(dim=1) / 24**0.5)
     assert found.shape == expected.shape and float(error.max()) < 0.05
     assert torch.equal(Int8Linear(linear)(torch.zeros(1, 24)), linear.bias[None])
+
+
+def test_eight_bits_are_the_same_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a_RI, b_IO = (torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator) for shape in ((40, 1000), (1000, 24)))
+    monkeypatch.setattr(int8, "NATIVE", True)
+    native = int8.product(a_RI, b_IO)
+    monkeypatch.setattr(int8, "NATIVE", False)
+    assert torch.equal(int8.product(a_RI, b_IO), native)
+    whole = torch.full((1, 1000), 127, dtype=torch.int8)
+    assert int8.product(whole, whole.T).item() == 1000 * 127**2
 
 
 def test_an_embedding_in_eight_bits_is_near(originals: Path) -> None:
