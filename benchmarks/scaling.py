@@ -34,6 +34,10 @@ TEMPLATE = Path(__file__).parent / "scaling.md.jinja"
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 WIDTH, TEXT = 64, 384
 EVENTS, STORED = 1_000_000, 100
+HISTORY, ANSWER = 100 * 20, 10 * 100
+BETWEEN = WIDTH * 4 + 200 * 8 + 200 * 4 * 4
+"""Bytes of a request by shape: a history of 100 events and the answer; between stages a state, 200 candidates with scores, and four
+tasks' predictions of them."""
 
 
 def found(name: str) -> dict[str, Any]:
@@ -77,6 +81,9 @@ def measured() -> dict[str, float]:
         folder = Path(name)
         (folder / "user").mkdir()
         event, user = bytes_of_an_event(folder), bytes_of_a_user(folder / "user")
+    step = found("gpu_step")["variants"]["large sasrec bf16"]
+    size_of = step["size"]
+    weights = size_of["layers"] * (4 * size_of["width"] ** 2 + 2 * size_of["width"] * size_of["feed_forward"])
     batch, ann, serve = found("batch_pipeline"), found("ann"), found("serve_latency")["variants"]
     best = {n: max(c["requests_per_second"] for c in serve[n].values()) for n in ("graph_throughput", "fused_throughput")}
     return {
@@ -85,7 +92,10 @@ def measured() -> dict[str, float]:
         "store_bytes_per_event": event["store"], "live_bytes_per_user": user,
         "prepare_core_seconds_per_event": 2 / found("prepare")["events_per_second"],
         "encode_core_seconds_per_item": 1 / found("encode")["texts_per_second"]["int8, compiled"],
-        "train_gpu_seconds_per_event": 1 / found("gpu_step")["variants"]["large sasrec bf16"]["tokens_per_second"],
+        "train_gpu_seconds_per_event": 1 / step["tokens_per_second"], "trunk_gradient_bytes": 4.0 * weights,
+        "train_step_seconds": step["seconds_per_step"], "train_tokens_per_step": float(size_of["windows"] * size_of["window"]),
+        "train_gib": step["peak_gib"], "prepare_mib": found("prepare")["peak_mib"],
+        "score_mib": batch["runs"]["all_users"]["peak_pss_mib"],
         "score_core_seconds_per_user": 2 / batch["runs"]["all_users"]["users_per_second"],
         "score_bytes_per_user": batch["runs"]["all_users"]["bytes"] / batch["runs"]["all_users"]["users"],
         "ann_core_seconds_per_query": 1 / sorted(ann["queries_per_second"]["ivf"])[2],
@@ -118,27 +128,44 @@ def page(u: dict[str, float], a: argparse.Namespace) -> tuple[str, dict[str, flo
     trained = {"an epoch over all events": a.events, "a warm epoch over thirty days": 30 * day}
     gpu = {n: events * u["train_gpu_seconds_per_event"] / 3600 for n, events in trained.items()}
     dollars = {n: h * a.core_hour for n, h in hours.items()} | {n: h * a.gpu_hour for n, h in gpu.items()}
+    prepared = u["events_bytes_per_event"] + u["windows_bytes_per_event"] + u["store_bytes_per_event"]
+    texts, vectors, search = a.items * TEXT * 2.0, a.items * WIDTH * 4.0, a.items * u["ann_bytes_per_item"]
+    per_event = u["windows_bytes_per_event"] + 2 * u["trunk_gradient_bytes"] / u["train_tokens_per_step"]
+    wire = {
+        "prepare all": a.events * (u["log_bytes_per_event"] + 2 * u["events_bytes_per_event"] + prepared),
+        "append a day": day * u["log_bytes_per_event"] + 2 * a.events * prepared, "encode all items": texts,
+        "retrieve for everybody": a.events * u["store_bytes_per_event"],
+        "score everybody's candidates": a.users * u["score_bytes_per_user"],
+    } | {n: events * per_event for n, events in trained.items()}  # fmt: skip
+    held = {
+        "prepare all": f"{u['prepare_mib'] / 1024:.1f} GiB, bounded", "append a day": f"{u['prepare_mib'] / 1024:.1f} GiB, bounded",
+        "encode all items": "the encoder", "retrieve for everybody": amount(vectors + search, "B") + ", shared by a machine",
+        "score everybody's candidates": f"{u['score_mib'] / 1024:.1f} GiB beside the catalogue",
+    } | dict.fromkeys(trained, f"{u['train_gib']:.0f} GiB of a GPU; {amount(texts, 'B')} of text vectors")  # fmt: skip
     nightly = ("append a day", "a warm epoch over thirty days", "retrieve for everybody", "score everybody's candidates")
     night = sum(dollars[n] for n in nightly)
     asked = f"{a.requests:,} requests per second, "
     cores = {asked + k: a.requests / u[f"{n}_requests_per_core"] for n, k in (("graph", "five deployments"), ("fused", "one"))}
-    work = [(n, amount(h, "core hours"), f"{dollars[n]:,.0f}") for n, h in hours.items()]
-    work += [(n, amount(h, "GPU hours"), f"{dollars[n]:,.0f}") for n, h in gpu.items()]
-    work += [(n, amount(c, "cores"), f"{c * a.core_hour:,.0f} an hour") for n, c in cores.items()]
-    prepared = u["events_bytes_per_event"] + u["windows_bytes_per_event"] + u["store_bytes_per_event"]
-    texts, vectors = a.items * TEXT * 2.0, a.items * WIDTH * 4.0
+    time = {n: amount(h, "core hours") for n, h in hours.items()} | {n: amount(h, "GPU hours") for n, h in gpu.items()}
+    work = [(n, t, f"{dollars[n]:,.0f}", amount(wire[n], "B"), held[n]) for n, t in time.items()]
+    sent = {n: HISTORY + ANSWER + (0 if n.endswith("one") else BETWEEN) for n in cores}
+    for n, c in cores.items():
+        per_second = amount(a.requests * sent[n], "B") + " a second"
+        work.append((n, amount(c, "cores"), f"{c * a.core_hour:,.0f} an hour", per_second, "the catalogue and an index"))
     kept = {
         "the log": a.events * u["log_bytes_per_event"], "prepared data": a.events * prepared,
         "lists of everybody": a.users * u["score_bytes_per_user"],
         "live histories (SQLite, 100 events each)": a.users * u["live_bytes_per_user"],
         "text vectors, half precision": texts, "item vectors, float32": vectors,
-        "approximate index": a.items * u["ann_bytes_per_item"],
+        "approximate index": search,
     }  # fmt: skip
     sizes = [(n, amount(b, "B"), f"{b / 1e12 * a.terabyte_month:,.0f}") for n, b in kept.items()]
     template = Environment(trim_blocks=False, keep_trailing_newline=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = template.render(
         **vars(a), u=u, prepared=prepared, work=work, kept=sizes, night=night, texts=amount(texts, "B"),
-        table=amount(3 * vectors, "B"), width=WIDTH,
+        table=amount(3 * vectors, "B"), width=WIDTH, gradient=amount(u["trunk_gradient_bytes"], "B"),
+        outside=HISTORY + ANSWER, between=BETWEEN,
+        gigabits=8 * 2 * u["trunk_gradient_bytes"] / u["train_step_seconds"] / 1e9,
     )  # fmt: skip
     return text, dollars | {"night": night}
 
