@@ -14,7 +14,6 @@ import ray.train
 
 from mtrec_ray import storage
 from mtrec_ray.config import load_config
-from mtrec_ray.pipeline import run_stages
 
 LOST = (ray.exceptions.RayActorError, ray.train.ControllerError)
 """A part of Ray died, and Ray did not start it again."""
@@ -35,6 +34,8 @@ def main(stages: tuple[str, ...], description: str, argv: list[str] | None = Non
     parser.add_argument("overrides", nargs="*", help="key.path=value, such as tasks.rating.weight=0.5")
     args = parser.parse_args(argv)
     show_log()
+    from mtrec_ray.pipeline import run_stages  # everything: jobs that run no stage need not wait for it
+
     try:
         config = load_config(args.config, args.overrides)
         run_stages(config, args.out or f"runs/{config.name}", stages, getattr(args, "append", False))

@@ -23,13 +23,6 @@ from tests.s3 import Bucket
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` one process has all tests of the shared cluster; the others go by files."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @dataclass
 class TinyRun:
     """A run directory with data and a bundle."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
-from sklearn.linear_model import LogisticRegression
 
 from mtrec_ray.evaluation.baselines import Fitted, ItemVectors
 from mtrec_ray.evaluation.measure import Moments
@@ -18,6 +16,9 @@ from mtrec_ray.predictor import Predictor
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks import Judge, judges_of
 from mtrec_ray.training.feed import WindowCache
+
+if TYPE_CHECKING:  # scikit-learn takes seconds to import, and every job would wait for it
+    from sklearn.linear_model import LogisticRegression
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -241,6 +242,8 @@ def _fit_boosting(
     valid: _Targets,
 ) -> Fitted:
     """A model per task and column of its label; one number of leaves per task."""
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
     schema = predictor.schema
     time, row = (train.column(c).astype(np.int64) for c in ("target_time", "target_row"))
     user, v_user = train.user_features(schema), valid.user_features(schema)
@@ -279,6 +282,8 @@ def _fit_profiles(predictor: Predictor, attributes: dict[str, str], train: Windo
 
     attributes: task -> attribute.
     """
+    from sklearn.linear_model import LogisticRegression
+
     evaluation = predictor.config.evaluation
     masked = np.isin(train.columns["fold"], (*evaluation.profile_folds_test, evaluation.profile_fold_valid))
     ids = np.array(train.user_ids.to_pylist(), dtype=object)

@@ -7,7 +7,6 @@ another that is held. What a stage that fails leaves is the ladder of docs/servi
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,6 +23,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mtrec_ray import golden
 from mtrec_ray.encoders.loading import EncoderError
+from mtrec_ray.hashing import place_of
 from mtrec_ray.predictor import History, Predictor, Ranked, UnknownItemError
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.serving import api, guard
@@ -92,11 +92,6 @@ class _NoTexts:
 
     def __getattr__(self, name: str) -> Any:
         raise EncoderError("this service has no TextEncoder")
-
-
-def _place(user_id: str) -> float:
-    """Of a user in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(b"shown:" + user_id.encode()).digest()[:8], "big") / 2**64
 
 
 def _rows(predictions: Mapping[str, FloatArray]) -> dict[str, torch.Tensor]:
@@ -308,7 +303,7 @@ class Ingress(Stage):
         items, log_ = answer["items"], self.impressions
         dropped = 0 if log_ is None else log_.dropped
         self.measured.answer(stamp.bundle, answer["degraded"], items, len(asked.predictor.item_ids), dropped)
-        if log_ is None or asked.user_id is None or _place(asked.user_id) >= self.settings.impressions:
+        if log_ is None or asked.user_id is None or place_of("shown:" + asked.user_id) >= self.settings.impressions:
             return
         ids, scores = [i["item_id"] for i in items], [i["score"] for i in items]
         chances, tasks = propensity[: len(items)].tolist(), [i["tasks"] for i in items]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mtrec_ray import bundle, golden, storage
 from mtrec_ray.encoders.text import TextEncoder
+from mtrec_ray.hashing import place_of
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.serving.items import LiveItems
 from mtrec_ray.serving.stages import MixedBundlesError
@@ -182,10 +183,8 @@ class Versions:
 
     def choose(self, user_id: str | None) -> Version:
         """Whom the canary answers follows from the id alone."""
-        if self._canary and user_id is not None:
-            place = int.from_bytes(hashlib.sha256(user_id.encode()).digest()[:8], "big") / 2**64
-            if place < self.rollout.share:
-                return self._held[self._canary]
+        if self._canary and user_id is not None and place_of(user_id) < self.rollout.share:
+            return self._held[self._canary]
         return self.current
 
     def others(self, version: Version) -> list[Version]:
