@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # those without a cluster in two processes, then those that share one Ray cluster
 test: install
 	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest -m ray --durations=15
 
 fast: install
 	$(BIN)/python -m pytest -m "not ray and not slow" -n 2 --dist loadfile
@@ -76,7 +76,7 @@ bench: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.retail_tasks
 	$(BIN)/python -m benchmarks.gpu_step || test $$? = 2  # 2: there is no GPU
 	$(BIN)/python -m benchmarks.vs_sasrec
-
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.against_peers
 	$(BIN)/python -m benchmarks.scaling
 
 chaos: install

@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from benchmarks.report import finish
+from benchmarks.report import RESULTS, finish
 from jobs.fetch import fetch_completejourney, fetch_ml100k
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, load_config, parse_config
@@ -369,6 +369,13 @@ def judged(table: Mapping[str, Any]) -> dict[str, Any]:
     return facts | ({"items": rows[best]["items"]} if "items" in rows[best] else {})
 
 
+def kept(name: str, protocols: Sequence[str]) -> dict[str, Any]:
+    """Rows of the committed result whose protocol is not asked for now."""
+    path = RESULTS / f"{name}.json"
+    table = json.loads(path.read_text(encoding="utf-8"))["detail"]["table"] if path.exists() else {}
+    return {n: {p: row for p, row in rows.items() if p not in protocols} for n, rows in table.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="What each way of using a language model is worth.")
     parser.add_argument("--data", choices=list(DATA), default="ml100k")
@@ -387,14 +394,16 @@ def main() -> int:
     else:
         fetch_ml100k(Path(".data/ml-100k"))
     errors = [] if args.only_report else run(data, names, protocols, seeds, args.parallel)
-    table = collect(data, names, protocols, seeds)
+    name = "text_value" if data == "ml100k" else f"text_value_{data}"
+    table = kept(name, protocols)
+    for variant, rows in collect(data, names, protocols, seeds).items():
+        table[variant] = table.get(variant, {}) | rows
     found = judged(table)
     print(json.dumps(found))
     detail = {"table": table, "errors": errors, "epochs": EPOCHS, "seeds": seeds} | found
     if data == "completejourney":
         detail |= {"households": HOUSEHOLDS, "bought_at_least": BOUGHT}
     unit = "recall@20 on held-out items, the text variant that is best on valid over metadata"
-    name = "text_value" if data == "ml100k" else f"text_value_{data}"
     return finish(name, found["ratio"], unit, f">= {TARGET}", found["ratio"] >= TARGET and not errors, detail)
 
 

@@ -17,9 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,72 +25,31 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
+from benchmarks.environments import SCRIPTS, environment, run_script
+from benchmarks.logs import write_logs
+from benchmarks.peers.common import MARK, peak_rss_mib
 from benchmarks.report import finish
 from benchmarks.timed import prepared, retrieval_alone, train_for
 from mtrec_ray import storage
 from mtrec_ray.predictor import Predictor
 from mtrec_ray.training.worker import load_schema, mapped_windows
 
-PEERS = Path(__file__).parent / "peers"
 PICTURE = Path("docs/pictures/vs_sasrec.svg")
-TORCH = "torch==2.13.0"
-PACKAGES = {
-    "rectools": [[TORCH, "rectools[torch]==0.19.0"]],
-    "recbole": [
-        [TORCH, "numpy==1.23.5", "scipy==1.10.1", "pandas==1.5.3", "scikit-learn==1.2.2", "colorlog==4.7.2", "colorama==0.4.4",
-         "pyyaml", "tensorboard", "thop", "tabulate", "plotly", "texttable", "psutil", "tqdm", "setuptools<80"],
-        ["--no-deps", "recbole==1.2.1"],  # it asks for a Ray of 2023
-    ],
-}  # fmt: skip
 SAME = {"width": 64, "layers": 2, "heads": 2, "inner": 64, "dropout": 0.3, "window": 100, "learning_rate": 1e-3, "seed": 0}
 BATCH = {"rectools": 32, "recbole": 2048}
 TARGET = ">= 1.1 x RecTools and >= 10 x RecBole"
 
 
-def environment(name: str) -> str:
-    """The interpreter of a peer's own environment."""
-    folder = Path("runs/bench/peers") / name
-    python, done = folder / "bin" / "python", folder / ".installed"
-    if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        for packages in PACKAGES[name]:
-            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
-            subprocess.run(command, check=True)
-        done.touch()
-    return str(python)
-
-
-def write_logs(run: Path, folder: Path) -> dict[str, str]:
-    """train.csv and held.csv (valid, then test) with the place of each event in its user's order -> user: valid item."""
-    data = storage.Directory(run / "data")
-    items = np.array(storage.read_table(data.path("catalogue.parquet"))["item_id"].to_pylist(), dtype=object)
-    tables = {split: storage.read_table(data.path("windows", split)).to_pandas() for split in ("train", "valid", "test")}
-    train = tables["train"].sort_values(["user_id", "window"], key=lambda c: c.astype(str) if c.name == "user_id" else c)
-    rows = train[["user_id", "target_item", "target_time", "target_row"]].explode(["target_item", "target_time", "target_row"])
-    rows = rows.sort_values(["user_id", "target_time", "target_row"], kind="stable")
-    rows["place"] = rows.groupby("user_id").cumcount()
-    frame = pd.DataFrame({"user_id": rows["user_id"], "item_id": items[rows["target_item"].astype(int)], "place": rows["place"]})
-    frame.to_csv(folder / "train.csv", index=False)
-    held = {
-        s: {u: items[i[0]] for u, i in zip(tables[s]["user_id"], tables[s]["target_item"], strict=True)} for s in ("valid", "test")
-    }
-    last = frame.groupby("user_id")["place"].max()
-    later = [(u, held[s][u], last[u] + 1 + (s == "test")) for u in last.index for s in ("valid", "test")]
-    pd.DataFrame(later, columns=["user_id", "item_id", "place"]).to_csv(folder / "held.csv", index=False)
-    return held["valid"]
-
-
-def ndcg(lists: dict[str, list[str]], valid: dict[str, str]) -> float:
+def ndcg(lists: dict[str, list[int]], valid: dict[str, int]) -> float:
     """NDCG@10 of one relevant item a user."""
     assert lists.keys() == valid.keys(), "a system left users out"
     ranks = [lists[u].index(i) + 1 if i in lists[u] else None for u, i in valid.items()]
     return sum(1 / math.log2(r + 1) for r in ranks if r) / len(valid)
 
 
-def own_lists(model: Any, config: Any, run: Path) -> dict[str, list[str]]:
+def own_lists(model: Any, config: Any, run: Path) -> dict[str, list[int]]:
     """Ten items for each user's valid moment, from the predictor."""
     from mtrec_ray.evaluation.measure import Moments
 
@@ -105,7 +61,7 @@ def own_lists(model: Any, config: Any, run: Path) -> dict[str, list[str]]:
     moments = Moments.of(schema, cache, np.arange(len(cache)))
     state_BD = predictor.encode_state(moments.encoded.batch)
     top = predictor.retrieve(state_BD, moments.encoded.batch.length_B, moments.encoded.seen, 10).item_BK[:, :10].tolist()
-    return {u: [predictor.item_ids[i] for i in row] for u, row in zip(cache.user_ids.to_pylist(), top, strict=True)}
+    return {str(u): row for u, row in enumerate(top)}
 
 
 def ours(settings: dict[str, Any], run: Path) -> list[dict[str, Any]]:
@@ -115,29 +71,17 @@ def ours(settings: dict[str, Any], run: Path) -> list[dict[str, Any]]:
     config = retrieval_alone(overrides)
     points = train_for(config, run, False, settings["seconds"], settings["every"], settings["lists"], settings["warm_up"])
     for p in points:
-        p["lists"] = own_lists(p.pop("model"), config, run) if settings["lists"] else None
-        p["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        p["valid"] = {"lists": own_lists(p.pop("model"), config, run)} if settings["lists"] else None
+        p["peak_rss_mib"] = peak_rss_mib()
     return points
 
 
 def child(system: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Points of one system, in a process of its own with one thread."""
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if system == "ours":
-        command = [sys.executable, "-m", "benchmarks.vs_sasrec", "--child", json.dumps(settings)]
-    else:
-        command = [str(Path(environment(system)).absolute()), str(PEERS.absolute() / f"{system}_sasrec.py"), json.dumps(settings)]
-    done = subprocess.run(
-        command,
-        env=os.environ | one,
-        cwd=None if system == "ours" else settings["folder"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{system} failed:\n{done.stderr[-3000:]}")
-    return [json.loads(line.removeprefix("POINT ")) for line in done.stdout.splitlines() if line.startswith("POINT ")]
+        return run_script(system, [sys.executable, "-m", "benchmarks.vs_sasrec", "--child", json.dumps(settings)])
+    script = SCRIPTS.absolute() / f"{system}_sasrec.py"
+    return run_script(system, [environment(system), str(script), json.dumps(settings)], settings["folder"])
 
 
 def rates(systems: dict[str, tuple[str, dict[str, Any]]], rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
@@ -180,18 +124,17 @@ def main() -> int:
     args = parser.parse_args()
     if args.child is not None:
         for point in ours(args.child, Path(args.child["run"])):
-            print("POINT " + json.dumps(point), flush=True)
+            print(MARK + json.dumps(point), flush=True)
         return 0
     started = time.perf_counter()
     run = prepared(args.run, ("prepare",))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        valid = write_logs(run, folder)
+        valid = {str(u): i for u, i in write_logs(run, folder)["valid"]["item"].items()}
         common = SAME | {
             "run": str(run.absolute()),
             "folder": name,
-            "log": str(folder / "train.csv"),
-            "held": str(folder / "held.csv"),
+            "test": False,
         }
         base = {s: common | {"batch": BATCH.get(s, 32), "precision": "32-true", "own_precision": "float32", "pre_norm": False}
                 for s in ("ours", "rectools", "recbole")}  # fmt: skip
@@ -208,12 +151,10 @@ def main() -> int:
         found = rates(systems, args.rounds, args.seconds)
         curves = {}
         for system in base:
-            points = child(
-                system, base[system] | {"seconds": args.curve, "every": args.curve / 12, "lists": True, "warm_up": False}
-            )
+            told = child(system, base[system] | {"seconds": args.curve, "every": args.curve / 12, "lists": True, "warm_up": False})
             curves[system] = [
-                {"seconds": p["seconds"], "wall": p["wall"], "targets": p["targets"], "ndcg@10": ndcg(p["lists"], valid)}
-                for p in points if p["lists"]
+                {"seconds": p["seconds"], "wall": p["wall"], "targets": p["targets"], "ndcg@10": ndcg(p["valid"]["lists"], valid)}
+                for p in told if p["valid"]
             ]  # fmt: skip
             print(f"{system}: {curves[system]}", file=sys.stderr, flush=True)
     draw(curves)

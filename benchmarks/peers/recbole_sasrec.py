@@ -1,4 +1,4 @@
-"""RecBole's SASRec: runs in its own environment, started by benchmarks/vs_sasrec.py."""
+"""RecBole's SASRec: runs in its own environment, started by benchmarks/vs_sasrec.py and against_peers.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import Watch, arguments
+from common import Watch, arguments, one_thread
 
 SETTINGS = arguments()
+one_thread(SETTINGS["seed"])
 
 import numpy as np
 import pandas as pd
@@ -49,12 +50,10 @@ class Limited:
 
 root = Path(SETTINGS["folder"]) / "recbole"
 (root / "log").mkdir(parents=True, exist_ok=True)
-frame = pd.read_csv(SETTINGS["log"], dtype={"user_id": str, "item_id": str})
-held = pd.read_csv(SETTINGS["held"], dtype={"user_id": str, "item_id": str})
-whole = pd.concat([frame, held])
+parts = [pd.read_csv(f"{SETTINGS['folder']}/{split}.csv", dtype={"user": str, "item": str}) for split in ("train", "valid", "test")]
 with open(root / "log" / "log.inter", "w") as out:
     out.write("user_id:token\titem_id:token\ttimestamp:float\n")
-    whole[["user_id", "item_id", "place"]].to_csv(out, sep="\t", header=False, index=False)
+    pd.concat(parts)[["user", "item", "place"]].to_csv(out, sep="\t", header=False, index=False)
 config = Config(
     model="SASRec",
     dataset="log",
@@ -69,29 +68,30 @@ config = Config(
     },
 )  # fmt: skip
 dataset = create_dataset(config)
-train, valid, _ = data_preparation(config, dataset)
+train, valid, test = data_preparation(config, dataset)
 model = SASRec(config, train.dataset).to("cpu")
 trainer = Trainer(config, model)
 torch.set_num_threads(1)
 limited = Limited(train)
-seen = frame.groupby("user_id")["item_id"].apply(list).to_dict()
 
 
-def lists_of() -> dict[str, list[str]]:
+def lists_of(loader: Any, known: pd.DataFrame) -> dict[str, Any]:
+    """Ten items for each user, none of those that are known of them."""
     model.eval()
     items = dataset.field2token_id["item_id"]
     names = dataset.id2token("item_id", np.arange(dataset.item_num))
+    seen = known.groupby("user")["item"].apply(list).to_dict()
     found = {}
     with torch.no_grad():
-        for batch in valid:
+        for batch in loader:
             interaction = batch[0]
             score = model.full_sort_predict(interaction).view(len(interaction), -1)
             users = dataset.id2token("user_id", interaction["user_id"].numpy())
             for row, user in enumerate(users):
                 score[row, [0] + [items[i] for i in seen[user]]] = -np.inf
             top = score.topk(10).indices.numpy()
-            found |= {user: names[top[row]].tolist() for row, user in enumerate(users)}
-    return found
+            found |= {user: [int(i) for i in names[top[row]]] for row, user in enumerate(users)}
+    return {"lists": found}
 
 
 turn = 0
@@ -103,4 +103,5 @@ while watch.processor < SETTINGS["seconds"]:
     limited.until = watch.processor + min(SETTINGS["every"], SETTINGS["seconds"])
     trainer._train_epoch(limited, turn)
     turn += 1
-    watch.say(limited.targets, lists_of() if SETTINGS["lists"] else None)
+    told = lists_of(valid, parts[0]) if SETTINGS["lists"] else None
+    watch.say(limited.targets, told, lists_of(test, pd.concat(parts[:2])) if SETTINGS["test"] else None)
