@@ -67,22 +67,18 @@ def wins(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 
 def draw_quality(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Each task's metric against the seconds of a training, with its 95 % interval."""
+    """Each task's metric with its 95 % interval, a system a line, with the seconds of a training."""
     plt = _pyplot()
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(10.5, 3.6))
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(12.5, 3.2))
     for axes, (task, metric) in zip(panels, TASKS.items(), strict=True):
-        for number, row in enumerate(r for r in rows if task in r["tasks"]):
-            seconds, told = mean(row["cost"]["seconds"]), row["test"][task]
+        told = sorted((r for r in rows if task in r["tasks"]), key=lambda r: r["test"][task]["mean"], reverse=task in LOWER)
+        for place, row in enumerate(told):
             colour = OWN if row["system"] == rows[0]["system"] else OTHER
-            axes.plot([seconds] * 2, told["interval"], color=colour, alpha=0.35, linewidth=2)
-            axes.plot(seconds, told["mean"], "o", color=colour, markersize=5)
-            name = row["system"] if colour == OWN else f"{row['system']} {row['model']}"
-            left = seconds >= 10  # towards the middle of the panel
-            side = {"xytext": (-6 if left else 6, 6 * (number % 3) - 6), "ha": "right" if left else "left"}
-            axes.annotate(name, (seconds, told["mean"]), textcoords="offset points", fontsize=6.5, color=colour, **side)
-        axes.set_xscale("log")
-        axes.set_xlim(0.05, 5000)
-        axes.set_xlabel("CPU seconds of a training")
+            axes.plot(row["test"][task]["interval"], [place] * 2, color=colour, alpha=0.4, linewidth=2)
+            axes.plot(row["test"][task]["mean"], place, "o", color=colour, markersize=5)
+        names = [f"{r['system']}: {r['model'].partition(',')[0]}, {mean(r['cost']['seconds']):.3g} s" for r in told]
+        axes.set_yticks(range(len(told)), names, fontsize=7)
+        axes.set_ylim(-0.6, len(told) - 0.4)
         axes.set_title(f"{task}: {metric}" + (" (lower is better)" if task in LOWER else ""), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
