@@ -304,6 +304,8 @@ def main() -> int:
     wanted = [(p, args.seeds if p.system in only else 1) for p in SYSTEMS if p.system in only or p is SYSTEMS[0]]
     with tempfile.TemporaryDirectory() as name:
         rows, errors = measure(Bench(Path(name)), wanted)
+    if not rows or rows[0]["model"] != SYSTEMS[0].model:
+        return 2  # there is nothing to compare with; why was said
     rows = [*rows, *kept([r["system"] + r["model"] for r in rows])] if args.only else rows
     rows.sort(key=lambda r: [(p.system, p.model) for p in SYSTEMS].index((r["system"], r["model"])))
     lists = {r["system"] + ": " + r["model"]: r["test"]["retrieval"]["mean"] for r in rows if "retrieval" in r["tasks"]}
