@@ -120,8 +120,8 @@ for kind in ("mmoe", "ple"):
 class Told(System):
     """What a script told of the users of one split."""
 
-    def __init__(self, predictor: Predictor, users: Mapping[str, int], answers: Mapping[str, Any]) -> None:
-        self.predictor, self.users, self.answers = predictor, users, answers
+    def __init__(self, users: Mapping[str, int], answers: Mapping[str, Any]) -> None:
+        self.users, self.answers = users, answers
 
     def scores(self, moments: Moments) -> Tensor | None:
         """Listed items by their places, all others below them."""
@@ -208,7 +208,7 @@ def answered(bench: Bench, peer: Peer, setting: Setting, seed: int) -> list[tupl
     told = [p for p in told if p["valid"] is not None]
     return [
         ({k: p[k] for k in ("seconds", "wall", "peak_rss_mib")} | {"point": n + 1, "points": len(told)},
-         {split: Told(bench.judge, bench.users, p[split]) for split in ("valid", "test")})
+         {split: Told(bench.users, p[split]) for split in ("valid", "test")})
         for n, p in enumerate(told)
     ]  # fmt: skip
 
