@@ -1,7 +1,7 @@
 """Exact search that looks at all items in fewer bits, and scores the best of them again as they are.
 
-int8 (a scale for every item and every query) is for single queries on a CPU with VNNI, where memory is what takes time; bf16 is
-for GPUs. `benchmarks.scoring_int8` measures both.
+int8 (a scale for every item and every query) is for single queries on a CPU with VNNI, where memory is what takes time; any other
+CPU searches in float32, which is faster there. bf16 is for GPUs. `benchmarks.scoring_int8` measures both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtrec_ray.models.int8 import NATIVE, product, rounded
+from mtrec_ray.models import int8
+from mtrec_ray.models.int8 import product, rounded
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, RecallError, mask_items, top_k
 
 log = logging.getLogger(__name__)
@@ -28,21 +29,26 @@ RESCORED = 2
 class ReducedIndex(ExactIndex):
     """As ExactIndex, with a copy of the vectors in bf16 or int8 that few queries, and all on a GPU, read in their place."""
 
-    def __init__(self, item_vec_ND: Tensor, precision: Precision, facts: dict[str, Any] | None = None) -> None:
-        """facts: what is known of its recall."""
+    def __init__(
+        self, item_vec_ND: Tensor, precision: Precision, facts: dict[str, Any] | None = None, anywhere: bool = False
+    ) -> None:
+        """facts: what is known of its recall. anywhere: int8 even on a CPU that is slower with it, to measure that recall."""
         super().__init__(item_vec_ND)
         self.precision, self.facts = precision, facts or {}
+        self.in_float32 = precision == "int8" and not (int8.NATIVE or anywhere)
         if precision == "int8" and item_vec_ND.device.type != "cpu":
             raise ValueError("index.precision: int8 is for CPUs; take bf16 on a GPU")
-        if precision == "int8":
-            if not NATIVE:
-                log.warning("index.precision: int8 is slower than float32 on this CPU, which has no VNNI; take float32")
+        if self.in_float32:
+            log.warning("index.precision: int8 is slower than float32 on this CPU, which has no VNNI: searching in float32")
+        elif precision == "int8":
             self.reduced_ND, scale_N1 = rounded(self.item_vec_ND)
             self.scale_N = scale_N1[:, 0].contiguous()
         else:
             self.reduced_ND = self.item_vec_ND.bfloat16()
 
     def _sort(self, query_BD: Tensor, k: int, exclude: Sequence[NDArray[Any]]) -> tuple[Tensor, Tensor]:
+        if self.in_float32:
+            return super()._sort(query_BD, k, exclude)
         near_BF, _ = top_k(mask_items(self.near_scores(query_BD), exclude), min(RESCORED * k, len(self)))
         score_BF = torch.bmm(self.item_vec_ND[near_BF.clamp(min=0)], query_BD[:, :, None])[:, :, 0]
         score_BF[near_BF == NONE] = float("-inf")
@@ -64,7 +70,7 @@ def build_reduced(item_vec_ND: Tensor, query_QD: Tensor, k: int, precision: Prec
     below min_recall, or there is nothing to measure it with."""
     if not len(query_QD):
         raise RecallError("index: there are no users to measure it with; take precision: float32")
-    index, k = ReducedIndex(item_vec_ND, precision), min(k, len(item_vec_ND))
+    index, k = ReducedIndex(item_vec_ND, precision, anywhere=True), min(k, len(item_vec_ND))
     nothing = [np.zeros(0, np.int64)]
     hits = 0
     for query_1D in torch.split(query_QD, 1):  # one by one, as it is for

@@ -10,6 +10,7 @@ import torch
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import parse_config
+from mtrec_ray.models import int8
 from mtrec_ray.pipeline import StageError
 from mtrec_ray.predictor import History
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, RecallError
@@ -35,8 +36,22 @@ def test_a_query_finds_nearly_all_and_their_scores_are_exact(precision: Precisio
 
 def test_ties_go_by_position_and_what_is_not_there_is_none() -> None:
     items = torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
-    item, score = ReducedIndex(items, "int8").search(torch.tensor([[1.0, 0.0]]), 4, [np.array([2])])
+    item, score = ReducedIndex(items, "int8", anywhere=True).search(torch.tensor([[1.0, 0.0]]), 4, [np.array([2])])
     assert item.tolist() == [[1, 0, 3, NONE]] and score[0, :3].tolist() == [2.0, 1.0, 1.0] and torch.isneginf(score[0, 3])
+
+
+def test_a_cpu_without_vnni_searches_in_float32_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    items, queries = clustered(2_000, 5)
+    monkeypatch.setattr(int8, "NATIVE", False)
+    assert build_reduced(items, queries, 20, "int8", 0.95).facts["recall"] > 0.95  # of eight bits: another CPU may serve it
+    assert not caplog.records
+    index = ReducedIndex(items, "int8", {"recall": 0.97})
+    assert "no VNNI: searching in float32" in caplog.text and index.facts == {"recall": 0.97}
+    monkeypatch.setattr(ReducedIndex, "near_scores", None)  # not looked at
+    found, expected = (i.search(queries[:1], 20, [NOTHING]) for i in (index, ExactIndex(items)))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 def test_one_that_finds_too_little_is_refused_with_its_figure() -> None:
