@@ -95,8 +95,8 @@ class _NoTexts:
 
 
 def _rows(predictions: Mapping[str, FloatArray]) -> dict[str, torch.Tensor]:
-    """Of one request, as the predictor has them."""
-    return {name: torch.from_numpy(values)[None] for name, values in predictions.items()}
+    """Of one request, as the predictor has them. Copied: what comes from another process is read-only."""
+    return {name: torch.tensor(values)[None] for name, values in predictions.items()}
 
 
 def _last(values: list[T]) -> list[tuple[bool, T]]:
@@ -326,7 +326,7 @@ class Ingress(Stage):
                 self._timed("Retrieval", lambda: self.retrieval.logits.remote(stamp, state, items, until), until, 1.0),
                 self._timed("Heads", lambda: self.heads.score.remote(stamp, state, items, request.context, until), until, 1.0),
             )
-            row = (torch.from_numpy(items)[None], torch.from_numpy(logits)[None], torch.tensor([popular]), _rows(predictions))
+            row = (torch.from_numpy(items)[None], torch.tensor(logits)[None], torch.tensor([popular]), _rows(predictions))
             answer = predictor.scored_answer(*row, [*marks, *state.degraded])
             return {"user_id": request.user_id, "bundle": stamp.bundle, **answer}
 

@@ -64,8 +64,8 @@ class Retrieved:
 
     @property
     def candidates(self) -> Candidates:
-        """As the predictor has them, one row."""
-        items, logits = torch.from_numpy(self.item_K)[None], torch.from_numpy(self.logit_K)[None]
+        """As the predictor has them, one row. Copied: what comes from another process is read-only."""
+        items, logits = torch.tensor(self.item_K)[None], torch.tensor(self.logit_K)[None]
         return Candidates(items, logits, torch.tensor([self.popular]))
 
 
@@ -123,7 +123,7 @@ def _searched(
 
 def logits(predictor: Predictor, state: EncodedState, item_K: IntArray) -> tuple[FloatArray, bool]:
     """Retrieval scores of given items, and whether they are shares of the popularity."""
-    logit_BK, popular_B = predictor.logits_of(rows_of([state]), torch.tensor([state.length]), torch.from_numpy(item_K)[None])
+    logit_BK, popular_B = predictor.logits_of(rows_of([state]), torch.tensor([state.length]), torch.tensor(item_K)[None])
     return logit_BK[0].numpy(), bool(popular_B[0])
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
+import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from mtrec_ray import bundle, golden, storage
 from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.predictor import History, Predictor, UnknownItemError
 from mtrec_ray.serving import api, guard
-from mtrec_ray.serving.deployments import Heads, Here, Retrieval, StateEncoder, TextEncoder
+from mtrec_ray.serving.deployments import STAGES, Here
 from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.serving.impressions import ShownList
 from mtrec_ray.serving.ingress import Ingress
@@ -48,6 +51,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 Make = Callable[..., Any]
 
 
+def sent(message: Any) -> Any:
+    """As it arrives from another process: its arrays are read-only."""
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(pickled, buffers=[bytes(b) for b in buffers])
+
+
+class There(Here):
+    """A handle of a stage in this process, whose questions and answers are sent."""
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.stage, name)
+
+        async def remote(*args: Any) -> Any:
+            answer = method(*sent(args))
+            return sent(await answer if inspect.isawaitable(answer) else answer)
+
+        return SimpleNamespace(remote=remote)
+
+
 @pytest.fixture
 def make(run: TinyRun, tmp_path: Path) -> Make:
     """A service: its stages in this process, each with bundles of its own, as in replicas of their own."""
@@ -57,7 +80,7 @@ def make(run: TinyRun, tmp_path: Path) -> Make:
             {"store": {"kind": "sqlite", "path": str(tmp_path / "live.sqlite")}, "deadline_ms": 60_000} | settings
         )
         root, data = run.bundle_root, str(run.folder / "data")
-        stages = [] if fused else [Here(d.func_or_class(root, data, chosen)) for d in (StateEncoder, Retrieval, Heads, TextEncoder)]
+        stages = [] if fused else [There(d.func_or_class(root, data, chosen)) for d in STAGES]
         return Ingress.func_or_class.__mro__[1](root, data, *stages, settings=chosen)
 
     return build
@@ -79,7 +102,16 @@ def now(service: Any) -> Any:
 # ------------------------------------------------------------------ fused
 
 
-def test_one_deployment_answers_as_five_do(make: Make) -> None:
+@pytest.fixture
+def every_warning() -> Iterator[None]:
+    """PyTorch's own come once in a process otherwise."""
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_one_deployment_answers_as_five_do(make: Make, every_warning: None) -> None:
     async def answers(service: Any) -> list[Any]:
         many = [await ask(service, user_id=f"u{n}", explain=True, diversity=0.3 * (n % 2)) for n in range(6)]
         rest = [
@@ -185,7 +217,7 @@ def test_what_serves_goes_on_when_another_bundle_is_published_in_its_place_and_c
     shutil.copytree(run.folder / "bundle", tmp_path / "kept")
     chosen = ServingSettings.model_validate({"store": {"kind": "none"}, "deadline_ms": 60_000})
     root, data = str(tmp_path / "bundle"), str(run.folder / "data")
-    stages = [Here(d.func_or_class(root, data, chosen)) for d in (StateEncoder, Retrieval, Heads, TextEncoder)]
+    stages = [There(d.func_or_class(root, data, chosen)) for d in STAGES]
     service = Ingress.func_or_class.__mro__[1](root, data, *stages, settings=chosen)
     parts = [service, *(s.stage for s in stages)]
 
