@@ -1,7 +1,7 @@
 """Joint against single-task models on ML-100K under equal effort: `python -m benchmarks.multitask_vs_single`.
 
 Retrieval (NDCG of the whole list), rating (RMSE) and like (AUC), leave-one-out. Both sides get the same optimiser steps a
-training, the same trials (settings of TRIALS at the first seed, the best on valid goes on) and the same three seeds. A
+training, the same trials (settings of TRIALS at the first seed, the best on valid goes on) and the same seeds. A
 single-task model selects trial and checkpoint by its own metric, the joint one by the mean relative gain over the
 single-task models of its seed. Test gains are paired over users, with the seeds as a second level of resampling.
 
@@ -36,7 +36,7 @@ from mtrec_ray.multitask.study import Plan, Runner, Study
 CONFIG = "jobs/configs/ml100k.yaml"
 RUN = "runs/bench/multitask"
 METRICS = {"retrieval": "ndcg", "rating": "rmse", "like": "auc"}
-SEEDS = (0, 1, 2)
+SEEDS = 3
 Trial = Mapping[str, Mapping[str, float]]
 """Part of the configuration -> key -> value."""
 TRIALS: tuple[Trial, ...] = (
@@ -86,47 +86,47 @@ def failed(trials: list[Study]) -> list[str]:
 
 
 def width(study: Study) -> dict[str, Any]:
-    """Interval of the gain of a single-task model over the same one of another seed, its cells trained."""
+    """Interval of the gain of a single-task model over the same one of another seed, its cells of seeds 0 and 1 trained."""
     out = {}
     for task in study.bench.metrics:
-        a, b = ([found] for found in study.cells([study.bench.single(task, s) for s in SEEDS[:2]]))
+        a, b = ([found] for found in study.cells([study.bench.single(task, s) for s in (0, 1)]))
         out[task] = compare_cells(b, a, study.bench.config, study.bench.metrics)["tasks"][task]
         out[task]["half_width"] = (out[task]["high"] - out[task]["low"]) / 2
     return out
 
 
-def run(trials: list[Study]) -> dict[str, Any]:
+def run(trials: list[Study], seeds: Sequence[int]) -> dict[str, Any]:
     """Everything that is measured. Raises RuntimeError when a training failed."""
-    first, metrics = SEEDS[0], trials[0].bench.metrics
-    many = SEEDS[:2] if len(trials) > 1 else SEEDS  # two for the width; with one setting there is nothing to choose first
+    first, metrics = seeds[0], trials[0].bench.metrics
+    many = seeds[:2] if len(trials) > 1 else seeds  # two for the width; with one setting there is nothing to choose first
     alone = [trials[0].bench.single(t, seed) for t in metrics for seed in many]
     run_all("tasks alone", [(s, alone if s is trials[0] else [s.bench.single(t, first) for t in metrics]) for s in trials])
     _stop(trials)
     detail: dict[str, Any] = {"width": width(trials[0])}
     chosen: dict[str, Study] = {t: max(trials, key=lambda s, t=t: _own(s, t, first)) for t in metrics}  # type: ignore[misc]
-    run_all("seeds alone", [(s, [s.bench.single(t, x) for t in metrics if chosen[t] is s for x in SEEDS]) for s in trials])
+    run_all("seeds alone", [(s, [s.bench.single(t, x) for t in metrics if chosen[t] is s for x in seeds]) for s in trials])
     _stop(trials)
-    singles = {seed: {t: s.cells([s.bench.single(t, seed)])[0] for t, s in chosen.items()} for seed in SEEDS}
+    singles = {seed: {t: s.cells([s.bench.single(t, seed)])[0] for t, s in chosen.items()} for seed in seeds}
     references = {seed: {t: found["valid"][t] for t, found in by_task.items()} for seed, by_task in singles.items()}
     reference = references[first]
     run_all("trials together", [(s, [together(s, first, reference)]) for s in trials])
     _stop(trials)
     joint = max(trials, key=lambda s: float(s.cells([together(s, first, reference)])[0]["valid_mean_gain"]))
-    cells = [together(joint, s, references[s]) for s in SEEDS]
+    cells = [together(joint, s, references[s]) for s in seeds]
     joint.run("seeds, together", cells)
     _stop(trials)
     config = joint.bench.config
     old: dict[str, Any] = {}
     for task in metrics:
-        old |= test_values([singles[s][task] for s in SEEDS], config, 0)
+        old |= test_values([singles[s][task] for s in seeds], config, 0)
     new = test_values(joint.cells(cells), config, 1)
     settings = trials[0].bench.config.model_dump(mode="json", include={"model", "tasks", "balancing", "train"})
     detail |= {
         "gains": summarise_gains(gain_resamples(new, old, metrics), old, new),
         "chosen": {t: trials.index(s) for t, s in chosen.items()} | {"together": trials.index(joint)},
-        "alone": {t: [singles[s][t]["test"][t][m] for s in SEEDS] for t, m in metrics.items()},
+        "alone": {t: [singles[s][t]["test"][t][m] for s in seeds] for t, m in metrics.items()},
         "together": {t: [c["test"][t][m] for c in joint.cells(cells)] for t, m in metrics.items()},
-        "best_epochs": {t: [singles[s][t]["best_epoch"] + 1 for s in SEEDS] for t in metrics}
+        "best_epochs": {t: [singles[s][t]["best_epoch"] + 1 for s in seeds] for t in metrics}
         | {"together": [c["best_epoch"] + 1 for c in joint.cells(cells)]},
         "steps": sorted({int(c["steps"]) for s in trials for c in s.found.values()}),
         "settings": settings,
@@ -150,6 +150,7 @@ def _stop(trials: list[Study]) -> None:
 
 def main() -> int:
     parser = arguments("Joint against single-task models on ML-100K.", CONFIG, RUN, epochs=25)
+    seeds_of(parser)
     parser.add_argument("--trials", type=int, choices=range(1, 1 + len(TRIALS)), default=len(TRIALS),
                         help=f"settings tried on each side, 1 to {len(TRIALS)}")  # fmt: skip
     args = parser.parse_args()
@@ -176,6 +177,11 @@ def arguments(description: str, config: str, run: str, epochs: int) -> argparse.
     return parser
 
 
+def seeds_of(parser: argparse.ArgumentParser) -> None:
+    """The option that `compare` reads."""
+    parser.add_argument("--seeds", type=int, choices=range(2, 21), default=SEEDS, metavar="N", help=f"2 to 20 (default {SEEDS})")
+
+
 def prepared(args: argparse.Namespace) -> bool:
     """Data and text vectors of --run, made unless they are given; False when that failed, which was said."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -199,14 +205,15 @@ def compare(args: argparse.Namespace, trials: Sequence[Trial], metrics: dict[str
     torch.set_num_threads(1)
     data, text = (storage.absolute(storage.join(args.run, name)) for name in ("data", "text"))
     where = Where(data, text, storage.absolute(args.out or storage.join(args.run, "cells")))
+    seeds = range(args.seeds)
     with in_processes(args.parallel) as runner:
         try:
-            detail = run(studies(args.config, args.overrides, list(trials), metrics, where, args.epochs, runner))
+            detail = run(studies(args.config, args.overrides, list(trials), metrics, where, args.epochs, runner), seeds)
         except RuntimeError as error:
             print(f"a training failed: {error}", file=sys.stderr)
             return None
     return detail | {
-        "epochs": args.epochs, "trials": list(trials), "seeds": list(SEEDS), "config": args.config, "overrides": args.overrides,
+        "epochs": args.epochs, "trials": list(trials), "seeds": list(seeds), "config": args.config, "overrides": args.overrides,
         "device": device_name(args),
     }  # fmt: skip
 

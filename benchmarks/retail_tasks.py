@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks.multitask_vs_single import ALLOWED, arguments, compare
+from benchmarks.multitask_vs_single import ALLOWED, arguments, compare, seeds_of
 from benchmarks.report import finish
 from jobs.fetch import fetch_completejourney
 from mtrec_ray.config import load_config
@@ -31,7 +31,9 @@ def metrics_of(config: str) -> dict[str, str]:
 
 
 def main() -> int:
-    args = arguments("Joint against single-task models on The Complete Journey.", CONFIG, RUN, epochs=8).parse_args()
+    parser = arguments("Joint against single-task models on The Complete Journey.", CONFIG, RUN, epochs=8)
+    seeds_of(parser)
+    args = parser.parse_args()
     if not args.prepared:
         fetch_completejourney(Path(".data/completejourney"))
     detail = compare(args, [{}], metrics_of(args.config))
