@@ -26,7 +26,7 @@ from benchmarks.world import Parameters
 from mtrec_ray import runtime, storage
 from mtrec_ray.config import load_config
 from mtrec_ray.data.prepare import prepare
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.serving.sqlite_store import SqliteStore
 from mtrec_ray.serving.store import events_of
 

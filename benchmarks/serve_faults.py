@@ -32,7 +32,7 @@ from safetensors.torch import save as save_tensors
 from benchmarks.report import finish
 from benchmarks.served import DEPLOYMENTS, Callers, Deployed, free_port, started
 from mtrec_ray import bundle, golden, storage
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.serving.history import PreparedHistories
 
 SHARE, AFTER, THREADS, CALM = 0.001, 2.0, 5, 12.0

@@ -53,7 +53,7 @@ import sys
 import torch
 from fastapi import FastAPI
 from mtrec_ray import bundle
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.serving import api
 from mtrec_ray.serving.history import PreparedHistories
 
@@ -139,7 +139,7 @@ def in_process(run: str, users: list[str]) -> float:
     import torch
 
     from mtrec_ray import bundle
-    from mtrec_ray.predictor import History
+    from mtrec_ray.histories import History
     from mtrec_ray.serving.history import PreparedHistories
 
     torch.set_num_threads(1)

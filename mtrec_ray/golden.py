@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mtrec_ray.predictor import History, Predictor
+from mtrec_ray.histories import History
+from mtrec_ray.predictor import Predictor
 
 REQUESTS, K = 8, 10
 FROM = 200

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ from mtrec_ray import item_features
 from mtrec_ray.config import RunConfig
 from mtrec_ray.diversity import choose
 from mtrec_ray.encoders.event_texts import TextMemory
-from mtrec_ray.features import FIRST, InputSpec, TextSpec, dense
-from mtrec_ray.models.batch import HistoryBatch, collate_history, feature_tensor
+from mtrec_ray.features import FIRST, dense
+from mtrec_ray.histories import EncodedHistories, History, IntArray, encode_histories
+from mtrec_ray.models.batch import HistoryBatch, feature_tensor
 from mtrec_ray.models.int8 import to_int8
 from mtrec_ray.models.recommender import Recommender
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, Index
@@ -39,10 +40,6 @@ from mtrec_ray.tasks.wide import Bags
 
 if TYPE_CHECKING:
     from mtrec_ray.encoders.text import TextEncoder
-
-IntArray = NDArray[np.int64]
-NO_HISTORY = "no_history"
-UNKNOWN_HISTORY_ITEMS = "unknown_history_items"
 
 
 class UnknownItemError(KeyError):
@@ -58,65 +55,6 @@ class UnknownItemError(KeyError):
 
 class FilterError(ValueError):
     """A filter that names an attribute or a value that the catalogue does not have."""
-
-
-@dataclass(frozen=True)
-class History:
-    """What is known of a user: events in time order (ties in log order), with the log's own ids."""
-
-    item_ids: Sequence[str] = ()
-    times: Sequence[int] = ()
-    """Milliseconds UTC."""
-    actions: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """NaN is missing; an action that is absent is missing everywhere."""
-    context: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Features as the log has them (text, number, list of texts; None is missing); absent ones are missing everywhere."""
-    seen_item_ids: Sequence[str] = ()
-    """Items of events before those listed."""
-    seen_times: Sequence[int] = ()
-
-    def before(self, at: int | None) -> History:
-        """The part strictly before a moment (ms)."""
-        if at is None or (not self.seen_times and (not self.times or self.times[-1] < at)):
-            return self
-        n = int(np.searchsorted(np.asarray(self.times, dtype=np.int64), at, side="left"))
-        m = int(np.searchsorted(np.asarray(self.seen_times, dtype=np.int64), at, side="left"))
-        return History(
-            self.item_ids[:n],
-            self.times[:n],
-            {k: v[:n] for k, v in self.actions.items()},
-            {k: v[:n] for k, v in self.context.items()},
-            self.seen_item_ids[:m],
-            self.seen_times[:m],
-        )
-
-    def only(self, events: Sequence[int]) -> History:
-        """Some of the events, by their places; what was seen before stays."""
-        return History(
-            [self.item_ids[n] for n in events],
-            [self.times[n] for n in events],
-            {k: [v[n] for n in events] for k, v in self.actions.items()},
-            {k: [v[n] for n in events] for k, v in self.context.items()},
-            self.seen_item_ids,
-            self.seen_times,
-        )
-
-
-@dataclass(frozen=True)
-class EncodedHistories:
-    """Histories as the model reads them, what they exclude, and which degradations apply."""
-
-    batch: HistoryBatch
-    seen: list[IntArray]
-    """Catalogue positions that may not be recommended (empty unless exclude_seen)."""
-    visible: list[IntArray]
-    """Distinct catalogue positions of all events that the histories hold, those before the window too; what profiles read."""
-    degraded: list[list[str]]
-
-    @classmethod
-    def of(cls, batch: HistoryBatch, visible: list[IntArray], degraded: list[list[str]], exclude_seen: bool) -> EncodedHistories:
-        nothing = [np.zeros(0, np.int64)] * len(visible)
-        return cls(batch, visible if exclude_seen else nothing, visible, degraded)
 
 
 @dataclass(frozen=True)
@@ -331,47 +269,8 @@ class Predictor:
                 )
 
     def encode_histories(self, histories: Sequence[History]) -> EncodedHistories:
-        """The last L - 1 known events of each history, as integers. Items that the catalogue lacks are left
-        out, and that is marked."""
-        capacity = self.schema.window - 1
-        items, times, lengths = [], [], []
-        actions: dict[str, list[NDArray[np.float32]]] = {a.name: [] for a in self.schema.actions}
-        features = self.schema.history_features
-        context: dict[str, list[Any]] = {spec.name: [] for spec in features}
-        visible, degraded = [], []
-        for history in histories:
-            position = np.array([self.position.get(i, NONE) for i in history.item_ids], dtype=np.int64)
-            known = np.flatnonzero(position != NONE)
-            marks = [] if len(known) == len(position) else [UNKNOWN_HISTORY_ITEMS]
-            shown = known[-capacity:]
-            items.append(position[shown])
-            times.append(np.asarray(history.times, dtype=np.int64)[shown])
-            lengths.append(len(shown))
-            for name, parts in actions.items():
-                values = history.actions.get(name)
-                full = np.full(len(position), np.nan) if values is None else np.asarray(values, dtype=np.float64)
-                parts.append(full[shown].astype(np.float32))
-            for spec in features:
-                raw = history.context.get(spec.name) or [None] * len(position)
-                context[spec.name].extend(raw[i] for i in shown)
-            older = np.array([self.position.get(i, NONE) for i in history.seen_item_ids], dtype=np.int64)
-            visible.append(np.unique(np.concatenate([position[known], older[older != NONE]])))
-            degraded.append(marks if len(shown) else [*marks, NO_HISTORY])
-        batch = collate_history(
-            np.concatenate(items) if items else np.zeros(0, np.int64),
-            np.concatenate(times) if times else np.zeros(0, np.int64),
-            np.array(lengths, dtype=np.int64),
-            {n: np.concatenate(v) if v else np.zeros(0, np.float32) for n, v in actions.items()},
-            {spec.name: self._encoded(spec, context[spec.name]) for spec in features},
-            self.schema.session_gap_ms,
-        )
-        return EncodedHistories.of(batch, visible, degraded, self.schema.exclude_seen)
-
-    def _encoded(self, spec: InputSpec, values: list[Any]) -> NDArray[Any]:
-        """A feature of past events as the model reads it; texts are their vectors. Raises FeatureError."""
-        if isinstance(spec, TextSpec):
-            return self.event_texts(spec.column(values))
-        return dense(spec.encode(values))
+        """As the model reads them. Raises FeatureError; EncoderError where their texts cannot be read."""
+        return encode_histories(histories, self.position, self.schema, lambda texts: self.event_texts(texts))
 
     @cached_property
     def event_texts(self) -> TextMemory:

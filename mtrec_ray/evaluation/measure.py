@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mtrec_ray.evaluation import metrics as m
 from mtrec_ray.evaluation.system import System
-from mtrec_ray.predictor import EncodedHistories, Predictor
+from mtrec_ray.histories import EncodedHistories
+from mtrec_ray.predictor import Predictor
 from mtrec_ray.retrieval.exact import NONE, mask_items, top_k
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.tasks import judges_of

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtrec_ray.predictor import EncodedHistories, History, Predictor
+from mtrec_ray.histories import EncodedHistories, History
+from mtrec_ray.predictor import Predictor
 from mtrec_ray.retrieval.exact import NONE
 from mtrec_ray.serving.history import histories_from_table
 

@@ -11,7 +11,7 @@ from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from mtrec_ray.features import FeatureError, FeatureSpec
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.schema import LogSchema
 
 Id = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]

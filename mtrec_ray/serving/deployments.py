@@ -24,7 +24,8 @@ from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.encoders.loading import EncoderError
 from mtrec_ray.golden import histories
-from mtrec_ray.predictor import History, IntArray, Predictor
+from mtrec_ray.histories import History, IntArray
+from mtrec_ray.predictor import Predictor
 from mtrec_ray.serving import stages
 from mtrec_ray.serving.items import LiveItems
 from mtrec_ray.serving.meters import StageMeters

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mtrec_ray import storage
 from mtrec_ray.data.partition import user_partition
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 
 
 def histories_from_table(table: pa.Table) -> list[History]:

@@ -24,7 +24,8 @@ from ray.serve.handle import DeploymentHandle
 from mtrec_ray import golden
 from mtrec_ray.encoders.loading import EncoderError
 from mtrec_ray.hashing import place_of
-from mtrec_ray.predictor import History, Predictor, Ranked, UnknownItemError
+from mtrec_ray.histories import History
+from mtrec_ray.predictor import Predictor, Ranked, UnknownItemError
 from mtrec_ray.privacy import Pseudonyms
 from mtrec_ray.serving import api, guard
 from mtrec_ray.serving.app import http

@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.serving.impressions import ShownList
 from mtrec_ray.serving.items import FIELDS, StoredItem
 from mtrec_ray.serving.sqlite_store import logged

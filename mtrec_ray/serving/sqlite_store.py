@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.serving.impressions import ShownList
 from mtrec_ray.serving.items import StoredItem
 from mtrec_ray.serving.store import Joining, Stored, StoredEvent, StoreError, events_of, history_of, users_of

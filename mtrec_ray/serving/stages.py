@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtrec_ray.predictor import Candidates, History, IntArray, Predictor
+from mtrec_ray.histories import History, IntArray
+from mtrec_ray.predictor import Candidates, Predictor
 from mtrec_ray.retrieval.exact import top_k
 
 FloatArray = NDArray[np.float32]

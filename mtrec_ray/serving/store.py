@@ -19,7 +19,7 @@ import pyarrow as pa
 from mtrec_ray.config import RunConfig
 from mtrec_ray.expressions import Expression
 from mtrec_ray.features import FeatureError
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.schema import LogSchema
 from mtrec_ray.serving.impressions import ImpressionStore
 from mtrec_ray.serving.items import ItemStore

@@ -21,7 +21,7 @@ from jobs.serve import YAML
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig, parse_config
 from mtrec_ray.evaluation.measure import Model, measure
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.scoring.batch import score
 from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.serving.settings import ServingSettings

@@ -16,8 +16,8 @@ import pytest
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig, parse_config
+from mtrec_ray.histories import History
 from mtrec_ray.pipeline import STAGES, StageError, run_stages
-from mtrec_ray.predictor import History
 from mtrec_ray.serving.history import PreparedHistories
 from tests import tiny
 from tests.conftest import TinyRun

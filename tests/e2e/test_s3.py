@@ -10,8 +10,8 @@ import pytest
 from jobs import compare
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import parse_config
+from mtrec_ray.histories import History
 from mtrec_ray.pipeline import STAGES, run_stages
-from mtrec_ray.predictor import History
 from mtrec_ray.scoring.shards import verify
 from mtrec_ray.serving.history import PreparedHistories
 from tests import tiny

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mtrec_ray.config import RunConfig, parse_config
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.scoring import batch
 from mtrec_ray.scoring.shards import Output, verify
 from mtrec_ray.serving.history import PreparedHistories

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mtrec_ray import bundle, storage
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from tests.conftest import TinyRun
 
 

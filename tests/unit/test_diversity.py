@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mtrec_ray.diversity import choose
-from mtrec_ray.predictor import FilterError, History
+from mtrec_ray.histories import History
+from mtrec_ray.predictor import FilterError
 from tests.conftest import TinyRun
 
 SCORE = np.array([1.0, 0.9, 0.5, 0.0], np.float32)

@@ -14,7 +14,7 @@ import yaml
 from mtrec_ray import tasks
 from mtrec_ray.config import ConfigError
 from mtrec_ray.evaluation.evaluate import MODEL
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from tests import tiny
 from tests.unit.test_evaluation import evaluate_locally
 

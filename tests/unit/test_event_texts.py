@@ -21,8 +21,9 @@ from mtrec_ray.encoders.event_texts import EventTexts, TextMemory
 from mtrec_ray.encoders.loading import EncoderError
 from mtrec_ray.evaluation.measure import Model, Moments
 from mtrec_ray.features import MAX_TEXT, FeatureError, TextSpec, hash_texts
+from mtrec_ray.histories import History
 from mtrec_ray.models.features import FeatureEmbedding
-from mtrec_ray.predictor import History, Predictor
+from mtrec_ray.predictor import Predictor
 from mtrec_ray.serving import api
 from mtrec_ray.serving.deployments import StateEncoder
 from mtrec_ray.serving.history import PreparedHistories

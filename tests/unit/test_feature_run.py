@@ -19,8 +19,8 @@ from mtrec_ray.config import ConfigError
 from mtrec_ray.data.lineage import DataError
 from mtrec_ray.evaluation.measure import Model, Moments
 from mtrec_ray.features import CategoricalSpec, MultihotSpec, NumericalSpec
+from mtrec_ray.histories import History
 from mtrec_ray.models.recommender import Recommender
-from mtrec_ray.predictor import History
 from mtrec_ray.scoring.tables import Ask, Tally, user_tables
 from mtrec_ray.serving import api
 from mtrec_ray.serving.history import PreparedHistories

@@ -10,8 +10,8 @@ import torch
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import parse_config
+from mtrec_ray.histories import History
 from mtrec_ray.pipeline import Run, StageError
-from mtrec_ray.predictor import History
 from mtrec_ray.retrieval.exact import NONE, ExactIndex
 from mtrec_ray.retrieval.ivf import IvfIndex, RecallError, build_ivf, list_count, recall_of
 from tests.conftest import TinyRun

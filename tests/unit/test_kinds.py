@@ -20,7 +20,8 @@ from mtrec_ray.evaluation.measure import Model, Moments
 from mtrec_ray.evaluation.runner import report_numbers
 from mtrec_ray.evaluation.statistics import Resampler
 from mtrec_ray.evaluation.task_baselines import fit_task_baselines
-from mtrec_ray.predictor import History, Predictor
+from mtrec_ray.histories import History
+from mtrec_ray.predictor import Predictor
 from mtrec_ray.schema import LabelStats
 from mtrec_ray.scoring.tables import Ask, Tally, user_tables
 from mtrec_ray.serving.history import histories_from_table

@@ -16,7 +16,7 @@ ADAPTERS = {
 }  # fmt: skip
 SINGLE = [
     "config", "lock.py", "tracking.py", "features.py", "feature_fit.py", "diversity.py",
-    "golden.py", "schema.py", "hashing.py", "expressions.py", "storage.py", "bundle.py", "predictor.py",
+    "golden.py", "schema.py", "hashing.py", "expressions.py", "storage.py", "bundle.py", "histories.py", "predictor.py",
     "serving/history.py", "serving/api.py", "serving/store.py", "serving/sqlite_store.py", "serving/redis_store.py",
     "serving/settings.py", "serving/guard.py", "serving/export.py", "serving/items.py", "serving/impressions.py",
     "serving/stages.py", "serving/remembered.py", "serving/versions.py", "serving/work.py",

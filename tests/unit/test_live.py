@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtrec_ray import bundle
-from mtrec_ray.predictor import FilterError, History, Predictor, UnknownItemError
+from mtrec_ray.histories import History
+from mtrec_ray.predictor import FilterError, Predictor, UnknownItemError
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, merge, top_k
 from mtrec_ray.retrieval.ivf import IvfIndex, build_ivf
 from mtrec_ray.retrieval.live import LiveIndex

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mtrec_ray.predictor import NO_HISTORY, UNKNOWN_HISTORY_ITEMS, Candidates, History, Predictor, UnknownItemError
+from mtrec_ray.histories import NO_HISTORY, UNKNOWN_HISTORY_ITEMS, History
+from mtrec_ray.predictor import Candidates, Predictor, UnknownItemError
 from mtrec_ray.retrieval.exact import NONE
 from mtrec_ray.serving.history import PreparedHistories
 from tests import tiny

@@ -10,9 +10,9 @@ import torch
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import parse_config
+from mtrec_ray.histories import History
 from mtrec_ray.models import int8
 from mtrec_ray.pipeline import StageError
-from mtrec_ray.predictor import History
 from mtrec_ray.retrieval.exact import NONE, ExactIndex, RecallError
 from mtrec_ray.retrieval.reduced import Precision, ReducedIndex, build_reduced
 from tests.conftest import TinyRun

@@ -16,7 +16,8 @@ import torch
 from jobs import score as score_job
 from mtrec_ray import storage
 from mtrec_ray.config import ConfigError, parse_config
-from mtrec_ray.predictor import FilterError, History
+from mtrec_ray.histories import History
+from mtrec_ray.predictor import FilterError
 from mtrec_ray.scoring import asked, batch_size
 from mtrec_ray.scoring.asked import ScoringError, Split
 from mtrec_ray.scoring.export import ExportError, lists_of, to_jsonl, to_redis

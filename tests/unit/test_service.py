@@ -20,7 +20,8 @@ import torch
 
 from mtrec_ray import bundle, golden, storage
 from mtrec_ray.encoders.cache import load_text_vectors
-from mtrec_ray.predictor import History, Predictor, UnknownItemError
+from mtrec_ray.histories import History
+from mtrec_ray.predictor import Predictor, UnknownItemError
 from mtrec_ray.serving import api, guard
 from mtrec_ray.serving.deployments import STAGES, Here
 from mtrec_ray.serving.history import PreparedHistories

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mtrec_ray.predictor import History
+from mtrec_ray.histories import History
 from mtrec_ray.serving.impressions import ShownList
 from mtrec_ray.serving.redis_store import RedisStore
 from mtrec_ray.serving.sqlite_store import SqliteStore

@@ -17,7 +17,8 @@ from mtrec_ray.evaluation.evaluate import MODEL, evaluate_part
 from mtrec_ray.evaluation.measure import Model
 from mtrec_ray.evaluation.runner import _fit, report_numbers
 from mtrec_ray.evaluation.statistics import Resampler
-from mtrec_ray.predictor import History, Predictor
+from mtrec_ray.histories import History
+from mtrec_ray.predictor import Predictor
 from mtrec_ray.scoring.tables import Ask, Tally, user_tables
 from mtrec_ray.training.feed import WindowCache, collate
 from tests import tiny
