@@ -2,13 +2,15 @@
 
 A local folder is held by the operating system (`flock` on ROOT/.lock), so that it is free the moment its holder dies. An object
 store has no such lock: there ROOT/_lock.json is renewed every twenty seconds, and one that has not been renewed for two minutes is
-taken over. Two jobs that begin there within a second of each other are told apart by who wrote last.
+taken over. Two jobs that begin there within a second of each other are told apart by who wrote last. A job that slept through its
+own two minutes notices when it wakes, leaves the lock to its new holder and ends with an error.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -21,6 +23,8 @@ from typing import Any
 
 from mtrec_ray import storage
 from mtrec_ray.storage import StorageError
+
+log = logging.getLogger(__name__)
 
 RENEW_SECONDS = 20.0
 STALE_SECONDS = 120.0
@@ -53,8 +57,8 @@ def _held(root: str | Path, found: dict[str, Any], cure: str) -> HeldError:
 def only_writer(root: str | Path) -> Iterator[None]:
     """Hold an output for one job, until it ends or dies.
 
-    Raises HeldError, which names the holder and the age of its hold, while another job has it; StorageError where no folder can
-    be made.
+    Raises HeldError, which names the holder and the age of its hold, while another job has it, and at the end when it was lost;
+    StorageError where no folder can be made.
     """
     with _local(root) if storage.is_local(root) else _remote(root):
         yield
@@ -115,11 +119,18 @@ def _remote(root: str | Path) -> Iterator[None]:
     storage.write_json(uri, mine)
     time.sleep(SETTLE_SECONDS)
     check(read())
-    done = threading.Event()
+    done, lost = threading.Event(), list[dict[str, Any]]()
 
     def renew() -> None:
         while not done.wait(RENEW_SECONDS):
             with suppress(StorageError):  # the next time may be better; nobody takes over before STALE_SECONDS
+                found = read()
+                if found and found.get("token") != mine["token"]:
+                    lost.append(found)
+                    log.error(
+                        "%s: %s has taken the output over, since this job gave no sign", storage.shown(root), found.get("who")
+                    )
+                    return
                 storage.write_json(uri, mine | {"seen": time.time()})
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -129,4 +140,8 @@ def _remote(root: str | Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        storage.delete(uri)
+        if not lost:
+            storage.delete(uri)
+    if lost:
+        cure = f"it took over from this job, which gave no sign for {_age(STALE_SECONDS)}; run again when it has ended"
+        raise _held(storage.shown(root), lost[0], cure)

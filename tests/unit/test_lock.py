@@ -79,6 +79,24 @@ def test_a_lock_that_gives_no_sign_is_taken_over_and_a_living_one_renewed(bucket
         assert latest > first
 
 
+def test_who_slept_and_lost_the_lock_leaves_it_to_the_other_and_ends_with_an_error(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.1)
+    root = bucket.uri("run")
+    uri = storage.join(root, "_lock.json")
+    other = {"who": "the other", "since": time.time(), "seen": time.time(), "token": "y"}
+    works = False
+    with pytest.raises(HeldError, match=r"the other, for .*took over from this job"), only_writer(root):
+        until = time.monotonic() + 10
+        while "the other has taken the output over" not in caplog.text and time.monotonic() < until:
+            storage.write_json(uri, other)  # again, where this job was just renewing its own
+            time.sleep(0.02)
+        works = True
+    assert works and storage.read_json(uri) == other
+
+
 def seen(uri: str) -> float:
     """When the holder last gave a sign; 0 where the server is read in the middle of a write (S3 itself is not)."""
     try:
