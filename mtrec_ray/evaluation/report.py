@@ -6,6 +6,7 @@ Everything on it comes from the run's own files. Needs the extra `report` (matpl
 from __future__ import annotations
 
 import io
+import logging
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -314,6 +315,7 @@ class _Page:
             return ""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+        logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it tells every file that it has read to its end
         newest = max(Path(folder).iterdir(), key=lambda p: p.stat().st_mtime, default=None)
         if newest is None:
             return ""

@@ -6,6 +6,7 @@ import io
 import logging
 import pickle
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,12 @@ class _Actor:
         torch.set_num_threads(1)
         self.texts = _event_texts(text_prefix)
         self.predictor = bundle.load(bundle_prefix, verify=False)
-        self.systems: dict[str, System] = {MODEL: Model(self.predictor), **ray.get(baselines[0])}
-        self.resampler = resampler
+        self.baselines, self.resampler = baselines, resampler
+
+    @cached_property
+    def systems(self) -> dict[str, System]:
+        """Fetched by an actor that has work: one that starts when all is done would find them gone."""
+        return {MODEL: Model(self.predictor), **ray.get(self.baselines[0])}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         cache = WindowCache.from_table(storage.read_table(row["part"]), self.texts)
