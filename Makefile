@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 PORT ?= 8000
 export RAY_USAGE_STATS_ENABLED = 0
+# empty: every worker of Ray reads bytecode instead of compiling the project anew
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: install test fast check coverage docs demo serve bench chaos release-check clean
 
