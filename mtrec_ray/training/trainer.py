@@ -153,7 +153,7 @@ def train(config: RunConfig, data: storage.Directory, text: storage.Directory | 
             failure_config=FailureConfig(max_failures=config.train.max_failures),
         ),
         datasets=stream,
-        dataset_config=_WholeSplit(),
+        dataset_config=None if stream is None else _WholeSplit(),
     )
     try:
         trainer.fit()
