@@ -122,6 +122,7 @@ def test_labels_that_no_node_has_are_refused_and_an_autoscaler_is_counted(
     assert ray.data.DataContext.get_current().execution_options.label_selector is None
 
 
+@pytest.mark.slow
 def test_an_address_without_a_cluster_is_one_message(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     command = [sys.executable, "-m", "jobs.prepare", "--config", str(config), "--out", str(tmp_path / "run")]

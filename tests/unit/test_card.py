@@ -51,6 +51,7 @@ def tracked(run: TinyRun, uri: str) -> RunConfig:
     return run.config.model_copy(update={"tracking": TrackingConfig(mlflow=uri, experiment="shop")})
 
 
+@pytest.mark.slow
 def test_a_run_is_noted_in_mlflow_with_settings_metrics_and_file(tiny_run: TinyRun, tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     storage.write_json(tmp_path / "run" / "metrics.json", METRICS)

@@ -164,6 +164,7 @@ def test_a_large_catalogue_is_searched_to_the_same_list(distinct: int | None, ex
             assert torch.equal(found[0], expected[0][rows]) and torch.equal(found[1], expected[1][rows])
 
 
+@pytest.mark.slow
 def test_many_queries_are_searched_in_blocks_and_none_gives_none() -> None:
     items, queries = spread(8192, 1100)
     found = ExactIndex(items).search(queries, 7, [np.zeros(0, np.int64)] * 1100)

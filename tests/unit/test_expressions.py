@@ -285,6 +285,7 @@ def _python(tree: Any, row: dict[str, Missing]) -> Missing:
 _values = st.one_of(st.none(), _NUMBERS)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(_trees, st.lists(st.fixed_dictionaries({"a": _values, "b": _values, "c": _values}), min_size=1, max_size=5))
 def test_every_expression_equals_plain_python_row_by_row(tree: Any, rows: list[dict[str, Missing]]) -> None:

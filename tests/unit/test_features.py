@@ -238,6 +238,7 @@ columns = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(columns, st.lists(texts, max_size=5))
 def test_a_categorical_value_has_one_number_at_prepare_in_batch_and_when_serving(column: pa.Array, more: list[str]) -> None:
@@ -251,6 +252,7 @@ def test_a_categorical_value_has_one_number_at_prepare_in_batch_and_when_serving
 lists = st.lists(st.none() | st.lists(st.none() | st.text("ab; \u00a0é", max_size=4), max_size=4))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(lists)
 def test_a_set_has_the_same_numbers_at_prepare_in_batch_and_when_serving(values: list[Any]) -> None:
@@ -261,6 +263,7 @@ def test_a_set_has_the_same_numbers_at_prepare_in_batch_and_when_serving(values:
         assert prepared == batch == served
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**53), 2**53), max_size=20),

@@ -440,6 +440,7 @@ def marked_tables(rows: list[int]) -> list[pa.Table]:
     return [whole.slice(start, n) for start, n in zip(np.cumsum([0, *rows[:-1]]).tolist(), rows, strict=True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(st.integers(0, 30), min_size=1, max_size=6), buffer=st.integers(1, 60), batch=st.integers(1, 20))
 def test_a_stream_gives_every_window_of_any_tables_once_in_whole_batches(rows: list[int], buffer: int, batch: int) -> None:

@@ -160,6 +160,7 @@ def test_a_client_that_hangs_up_half_way_costs_nothing(service: Any) -> None:
     assert send("POST", "/recommend", json=GOOD).status_code == 200
 
 
+@pytest.mark.slow
 @given(text=st.text(min_size=1, max_size=50))
 @settings(max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_text_can_be_an_item_or_is_refused(service: Any, text: str) -> None:

@@ -65,6 +65,7 @@ def test_every_window_of_polars_is_the_one_that_mtrec_ray_prepares(both: Both) -
     assert difference(ours, both.polars_windows()) is None
 
 
+@pytest.mark.slow
 def test_every_window_is_the_one_that_plain_python_cuts(both: Both) -> None:
     known = set(pq.read_table(both.log / "items.parquet")["item_id"].to_pylist())
     cuts = (both.found["cuts"][0], both.found["cuts"][1])

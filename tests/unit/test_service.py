@@ -213,6 +213,7 @@ def test_a_stage_that_has_none_of_them_is_a_503(make: Make, run: TinyRun) -> Non
     asyncio.run(work(make()))
 
 
+@pytest.mark.slow
 def test_what_serves_goes_on_when_another_bundle_is_published_in_its_place_and_can_come_back(run: TinyRun, tmp_path: Path) -> None:
     shutil.copytree(run.folder / "bundle", tmp_path / "bundle")
     shutil.copytree(run.folder / "bundle", tmp_path / "kept")

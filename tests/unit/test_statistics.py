@@ -358,6 +358,7 @@ def test_slices_part_the_moments_and_targets() -> None:
     assert (found["taste=even"].moment == (facts.attributes["taste"] == 1)).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_a_slice_is_judged_as_if_the_rest_were_not_there(seed: int) -> None:

@@ -327,6 +327,7 @@ def test_times_in_nanoseconds_are_exact_to_the_millisecond() -> None:
     assert kept(pa.array([f"{ms}000000" for ms in expected]), "timestamp", time_unit="ns") == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 7_258_118_400_000), min_size=1, max_size=5))
 def test_milliseconds_come_back_unchanged_from_whole_seconds_milliseconds_and_microseconds(times: list[int]) -> None:
@@ -367,6 +368,7 @@ def _plainly_good(row: dict[str, str | None]) -> bool:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(_cells, min_size=1, max_size=8))
 def test_every_row_is_in_exactly_one_of_the_two_and_in_the_right_one(rows: list[dict[str, str | None]]) -> None:
