@@ -96,6 +96,7 @@ def test_appending_day_by_day_equals_preparing_everything_at_once(tmp_path: Path
     assert (tmp_path / "grown" / "manifest.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_training_items_keep_their_numbers_and_new_ones_come_after_them(tmp_path: Path) -> None:
     files = write_days(tmp_path, 3)
     config = config_of(tmp_path)
@@ -147,6 +148,7 @@ def test_appending_to_nothing_prepares_everything(tmp_path: Path) -> None:
     assert append(config_of(tmp_path), tmp_path / "data").manifest["generation"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"window": 9}, r"the configuration differs .*\(window\)"), ({}, r"part0\.csv has changed since it was prepared")],
@@ -181,6 +183,7 @@ def test_the_same_log_is_covered_wherever_its_files_lie_in_time(tmp_path: Path) 
     assert lineage.covers(parts) == lineage.covers(later) != lineage.covers(other)
 
 
+@pytest.mark.slow
 def test_an_action_of_today_belongs_to_an_impression_of_yesterday(tmp_path: Path) -> None:
     tiny.write_log(tmp_path)
     test_long.write_long_log(tmp_path)

@@ -109,6 +109,7 @@ def test_a_forgetting_that_was_cut_short_is_finished_before_a_day_is_appended(tm
     assert storage.Directory(tmp_path / "run" / "data").manifest == published
 
 
+@pytest.mark.slow
 def test_bundles_of_data_that_were_prepared_anew_since_are_listed(tmp_path: Path) -> None:
     write_days(tmp_path, 2)
     old = tiny.prepare_locally(config_of(tmp_path), tmp_path / "run" / "data").manifest
@@ -135,6 +136,7 @@ def test_a_day_is_not_appended_with_another_key(tmp_path: Path, monkeypatch: pyt
     assert storage.Directory(tmp_path / "data").manifest == published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pseudonyms", [None, {"key_env": "MTREC_OTHER_KEY"}])
 def test_a_forgotten_user_does_not_come_back_under_another_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pseudonyms: dict[str, str] | None
@@ -177,6 +179,7 @@ def test_a_users_table_that_has_changed_reaches_all_windows(tmp_path: Path) -> N
     assert repr(decoded(grown, "windows/train").to_pylist()) == repr(decoded(anew, "windows/train").to_pylist())
 
 
+@pytest.mark.slow
 def test_files_without_a_row_group_take_no_number_from_those_that_follow(tmp_path: Path) -> None:
     tiny.write_log(tmp_path)
     tiny.write_features(tmp_path, files=3)
@@ -217,6 +220,7 @@ def test_unmatched_actions_of_before_stay_counted_and_a_partition_of_nothing_els
     assert rows["unmatched"] == expected["unmatched"] == 2 and rows["events"] == expected["events"]
 
 
+@pytest.mark.slow
 def test_a_file_that_arrives_while_the_log_is_listed_is_not_taken_for_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_days(tmp_path, 3)
     config = config_of(tmp_path)
@@ -245,6 +249,7 @@ def test_two_writers_of_one_root_do_not_meet(tmp_path: Path) -> None:
         forget(str(tmp_path / "run"), ["u7"])
 
 
+@pytest.mark.slow
 def test_a_manifest_of_another_version_is_made_anew_and_not_appended_to(tmp_path: Path) -> None:
     write_days(tmp_path, 2)
     config = config_of(tmp_path)
@@ -257,6 +262,7 @@ def test_a_manifest_of_another_version_is_made_anew_and_not_appended_to(tmp_path
     tiny.prepare_locally(config, tmp_path / "data").verify()
 
 
+@pytest.mark.slow
 def test_a_root_that_looks_like_a_partition_adds_no_column_to_the_catalogue(tmp_path: Path) -> None:
     write_days(tmp_path, 2)
     plain = tiny.prepare_locally(config_of(tmp_path), tmp_path / "plain")

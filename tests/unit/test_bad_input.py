@@ -108,6 +108,7 @@ def lists_for_ids(paths: list[Path]) -> None:
     pq.write_table(table.set_column(0, "user_id", pa.array([["a"]] * len(table))), paths[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("harm", "message"),
     [

@@ -198,6 +198,7 @@ def test_a_configuration_is_strict_yaml_named_after_its_file(name: str) -> None:
     assert CONFIGS[name].read_text().startswith("#")  # says where the data come from
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_sample_of_the_data_set_is_prepared_without_a_bad_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, directory = prepared(name, tmp_path, monkeypatch)

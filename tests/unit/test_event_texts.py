@@ -195,6 +195,7 @@ def test_a_second_encoding_knows_every_text_and_new_ones_are_added(run: TinyRun,
     assert found is not None and np.allclose(found.vec_KE, fewer.vec_KE, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_forgotten_users_own_texts_leave_the_vectors(run: TinyRun, tmp_path: Path) -> None:
     log = pq.read_table(run.folder / "features").to_pandas()
     log.loc[(log.user == "u3") & (log.click == 1), "review"] = "Thing 29 odd"  # nobody else says so

@@ -147,6 +147,7 @@ def spread(items: int, users: int, distinct: int | None = None) -> tuple[torch.T
     return torch.from_numpy(vectors), torch.from_numpy(rng.integers(-4, 5, (users, 8)).astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distinct", [None, 2000, 3])
 @pytest.mark.parametrize("excluded", [0, 5, 300, 1500, 8999])
 def test_a_large_catalogue_is_searched_to_the_same_list(distinct: int | None, excluded: int) -> None:

@@ -151,6 +151,7 @@ def show(made: Made, *lists: ShownList) -> None:
     store.close()
 
 
+@pytest.mark.slow
 def test_shown_lists_become_rows_and_what_nobody_clicked_becomes_zeros(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     folder, config = made
     tasks = [{"click": 0.5}, {"click": 0.25}]

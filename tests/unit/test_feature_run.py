@@ -256,6 +256,7 @@ def test_a_bundle_that_is_read_again_gives_the_same_scores(run: TinyRun) -> None
     assert again.score_items(history, again.item_ids, request) == run.predictor.score_items(history, again.item_ids, request)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("partitions", "files"), [(1, 2), (5, 2)])
 def test_the_fitted_features_do_not_depend_on_the_partitions(run: TinyRun, tmp_path: Path, partitions: int, files: int) -> None:
     def change(raw: dict[str, Any]) -> None:
@@ -266,6 +267,7 @@ def test_the_fitted_features_do_not_depend_on_the_partitions(run: TinyRun, tmp_p
     assert load_schema(data.prefix).context == run.predictor.schema.context
 
 
+@pytest.mark.slow
 def test_features_of_a_text_file_are_those_of_parquet(run: TinyRun, tmp_path: Path) -> None:
     rows = pq.read_table(run.folder / "features").to_pylist()
     with open(tmp_path / "log.csv", "w", newline="", encoding="utf-8") as file:

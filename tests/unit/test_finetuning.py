@@ -220,6 +220,7 @@ def fitted(config: RunConfig, run: TinyRun, folder: Path, out: Path, stop_after:
     return run_worker(config, run.data.prefix, str(out), report, Checkpoints(out / "checkpoints")), reported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_what_is_exported_gives_the_vectors_that_were_evaluated(tiny_run: TinyRun, folder: Path, tmp_path: Path, kind: str) -> None:
     config = config_of(tiny_run, folder, kind=kind, ema=0.5, learning_rate=0.01)

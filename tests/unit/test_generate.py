@@ -44,6 +44,7 @@ def wide(tmp_path: Path) -> pa.Table:
     return make(tmp_path / "wide")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", [{}, {"dirty": 0.05}, {"long": True}, {"long": True, "dirty": 0.05}])
 def test_the_same_rows_in_the_same_order_however_they_are_cut(tmp_path: Path, parameters: dict[str, Any]) -> None:
     whole, _ = make(tmp_path / "one", 1, **parameters)

@@ -48,6 +48,7 @@ def numbered(parts: list[dict[str, tuple[int, int]]], others: list[str], bounds:
     return out
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(parts=lists, others=st.lists(words, max_size=5, unique=True), bounds=st.lists(words, max_size=4, unique=True))
 def test_training_items_come_first_by_id_then_all_others_whatever_the_ranges(
@@ -59,6 +60,7 @@ def test_training_items_come_first_by_id_then_all_others_whatever_the_ranges(
     assert numbered(parts, others, sorted(bounds), []) == {i: n for n, i in enumerate(order)}
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(parts=lists, bounds=st.lists(words, max_size=3, unique=True), before=st.lists(words, min_size=1, max_size=5, unique=True))
 def test_training_items_of_before_keep_their_numbers(
@@ -82,6 +84,7 @@ def test_a_sample_is_spread_over_a_list_and_is_all_of_a_short_one() -> None:
     assert len(many) == 256 and many[0] == "00000" and many[-1] == "09999"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["time", "leave_one_out"])
 def test_prepared_data_do_not_depend_on_the_number_of_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str

@@ -400,6 +400,7 @@ def test_a_label_that_no_training_event_has_is_refused_with_the_tasks_that_read_
         tiny.prepare_locally(config, tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_days_appended_have_the_item_features_of_preparing_everything_at_once(tmp_path: Path) -> None:
     files = test_append.write_days(tmp_path, 3)
     write_items(tmp_path, 20)
@@ -466,6 +467,7 @@ COMBINATIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty", [True, False])
 @pytest.mark.parametrize(("trunk", "sharing", "negatives"), COMBINATIONS)
 def test_every_weight_gets_a_gradient_even_on_a_rank_without_windows(

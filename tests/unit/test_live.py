@@ -81,6 +81,7 @@ def test_lists_of_parts_are_merged_as_one_list_ties_by_position() -> None:
     assert item.tolist() == [[2, 4, 9, 0, NONE]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_gone", [0, 40, 3000])
 @pytest.mark.parametrize("kind", ["exact", "ivf"])
 def test_a_changed_index_answers_like_one_that_was_built_anew(built: Built, kind: str, n_gone: int) -> None:

@@ -361,6 +361,7 @@ def raw(*rows: dict[str, Any]) -> pa.Table:
     return pa.table(table | {ROW: pa.array(range(len(rows)), pa.int64())})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -460,6 +461,7 @@ def long_section(**change: Any) -> dict[str, Any]:
     return {"type": "what", "value": "number", "impression": "show", "labels": {"click": "click", "rating": "rate"}, **change}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("match", [{"request": "request"}, {"attribution_hours": 1}])
 def test_a_long_log_and_the_wide_log_that_says_the_same_give_the_same_windows(tmp_path: Path, match: dict[str, Any]) -> None:
     tiny.write_log(tmp_path)
@@ -483,6 +485,7 @@ def test_a_long_log_and_the_wide_log_that_says_the_same_give_the_same_windows(tm
     assert long.manifest["test_sha256"] == wide.manifest["test_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unmatched", ["keep", "quarantine"])
 def test_every_row_of_a_long_log_is_an_event_a_label_or_in_quarantine(tmp_path: Path, unmatched: str) -> None:
     tiny.write_log(tmp_path)

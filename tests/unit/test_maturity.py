@@ -49,6 +49,7 @@ def test_maturity_is_a_time_above_zero(tmp_path: Path, hours: int) -> None:
         tiny.make_config(tmp_path, lambda raw: raw["data"]["labels"]["click"].update(maturity_hours=hours))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["time", "random"])
 def test_prepare_masks_immature_labels_of_targets_alone_and_counts_them(tmp_path: Path, protocol: str) -> None:
     tiny.write_log(tmp_path)

@@ -127,6 +127,7 @@ def test_a_moment_without_a_relevant_item_has_no_number() -> None:
         assert np.isnan(value).tolist() == [True, False, True] and value[1] == (0.1 if name == "precision@10" else 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(2, 40), data=st.data())
 def test_ndcg_is_that_of_scikit_learn(n: int, data: st.DataObject) -> None:
@@ -177,6 +178,7 @@ def test_ranking_metrics_are_those_of_torchmetrics(ranks: list[list[int]]) -> No
         assert {n: out[n][i] for n in m.RANKING} == pytest.approx({n: float(v) for n, v in expected.items()}, abs=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), values=st.integers(2, 6))
 def test_auc_within_users_is_that_of_scikit_learn(seed: int, values: int) -> None:

@@ -245,6 +245,7 @@ def test_cells_of_one_seed_train_on_the_same_steps(bench: Bench) -> None:
     assert len(set(steps.values())) == 1 and min(steps.values()) > 0
 
 
+@pytest.mark.slow
 def test_every_kind_of_task_can_stand_alone_and_together(tmp_path: Path) -> None:
     tiny.write_log(tmp_path, items=80)  # enough for the folds of items
 
@@ -427,6 +428,7 @@ def test_epochs_follow_from_the_slowest_model() -> None:
     assert fitting_epochs({"a": 1000.0}, 3, 30) == 1
 
 
+@pytest.mark.slow
 def test_the_budget_is_measured_once(bench: Bench, tiny_run: TinyRun, config: RunConfig, tmp_path: Path) -> None:
     settings = Settings(Plan(seeds=1), cell_minutes=0.1)
     with mock.patch.object(run_module, "epoch_seconds", return_value=1.0) as measured:
@@ -462,6 +464,7 @@ def started(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return start
 
 
+@pytest.mark.slow
 def test_the_job_trains_for_real_and_writes_json_and_page(
     started: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -495,6 +498,7 @@ def test_the_job_trains_for_real_and_writes_json_and_page(
     assert "ndcg@10" in shown and "Recommended" in shown and "tasks.json" in shown
 
 
+@pytest.mark.slow
 def test_the_page_shows_gradients_gate_and_grid(started: Callable[..., tuple[int, Path]]) -> None:
     code, out = started("--epochs", "2", "--seeds", "2", "--balancing", "uncertainty", "--seesaw", "0.03", runner=Counting())
     page = (out / "tasks.html").read_text()
@@ -513,6 +517,7 @@ def test_the_gate_says_which_task_loses(started: Callable[..., tuple[int, Path]]
     assert started("--epochs", "1", "--seeds", "1", runner=Counting())[0] == 0  # nothing was declared
 
 
+@pytest.mark.slow
 def test_a_failed_cell_makes_the_job_exit_with_two(
     started: Callable[..., tuple[int, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -200,6 +200,7 @@ def test_a_bert_trained_causally_is_an_encoder_again(tiny_run: TinyRun, bert: Pa
     assert not TextEncoder(EncoderConfig(model=str(tmp_path / "model"))).model.config.is_decoder
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(
     tiny_run: TinyRun, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +377,7 @@ def test_rows_are_spread_evenly_and_padding_has_no_weight() -> None:
     assert [spread(one, rank, 2)[-1].tolist() for rank in range(2)] == [[1], [0]]
 
 
+@pytest.mark.slow
 def test_contrastive_brings_texts_of_one_taste_together(tiny_run: TinyRun, bert: Path, tmp_path: Path) -> None:
     config = config_of(
         tiny_run, bert, objective="contrastive", epochs=8, batch_blocks=32, pairs=400, temperature=0.5, learning_rate=0.003

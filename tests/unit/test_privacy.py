@@ -95,6 +95,7 @@ def test_the_key_of_a_file_is_the_same_as_that_of_the_environment(key: str, tmp_
     assert Pseudonyms.load(PseudonymConfig(key_file=str(tmp_path / "key"))).fingerprint == Pseudonyms.load(ENV).fingerprint
 
 
+@pytest.mark.slow
 def test_prepared_data_hold_pseudonyms_and_neither_ids_nor_the_key(key: str, tmp_path: Path) -> None:
     tiny.write_log(tmp_path)
     with open(tmp_path / "log" / "part0.csv", "a") as file:
@@ -139,6 +140,7 @@ def test_a_sensitive_name_that_is_nothing_is_refused(tmp_path: Path) -> None:
         config_of(tmp_path, sensitive=["agee"])
 
 
+@pytest.mark.slow
 def test_slices_are_not_named_after_sensitive_values(tmp_path: Path) -> None:
     from mtrec_ray.evaluation.measure import Moments, facts_of
     from mtrec_ray.evaluation.reduce import slices_of

@@ -318,6 +318,7 @@ def test_workers_are_a_number_or_a_range(tiny_folder: Path) -> None:
             workers(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda raw: None, everything])
 def test_no_draw_depends_on_the_generators_state(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]

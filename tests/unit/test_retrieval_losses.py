@@ -288,6 +288,7 @@ def test_contradictions_are_refused_with_the_path_of_the_key(tiny_run: TinyRun, 
         tiny.make_config(tiny_run.folder, lambda raw: raw["tasks"]["retrieval"].update(settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"loss": "sampled_softmax", "negatives": 6}, {"loss": "gbce", "negatives": 6}])
 @pytest.mark.parametrize("trunk", ["ligr", "hstu"])
 def test_a_model_with_another_trunk_and_loss_is_trained_bundled_and_served(

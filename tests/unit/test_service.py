@@ -258,6 +258,7 @@ def forged(folder: Path, wrong: Callable[[dict[str, Any]], None]) -> None:
     storage.write_json(str(folder / "fingerprint.json"), stated | {"fingerprint": bundle.compute_fingerprint(str(folder))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["damaged", "golden", "no golden", "schema", "missing", "share"])
 def test_a_wrong_bundle_is_refused_and_the_old_one_goes_on(make: Make, run: TinyRun, tmp_path: Path, case: str) -> None:
     def change(folder: Path) -> None:
@@ -466,6 +467,7 @@ def popular(predictor: Predictor, user: str, prepared: PreparedHistories) -> lis
     return [predictor.item_ids[i] for i in predictor.popular(seen, K).item_BK[0].tolist() if i >= 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), None])
 def test_heads_that_fail_leave_the_order_of_retrieval(make: Make, error: Exception | None) -> None:
     async def work(service: Any) -> None:
@@ -481,6 +483,7 @@ def test_heads_that_fail_leave_the_order_of_retrieval(make: Make, error: Excepti
     asyncio.run(work(make(deadline_ms=400, cached_states=0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("boom"), None])
 def test_a_state_encoder_that_fails_leaves_the_last_state_or_popularity(make: Make, run: TinyRun, error: Exception | None) -> None:
     async def work(service: Any) -> None:

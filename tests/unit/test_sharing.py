@@ -254,6 +254,7 @@ def gradients(model: Recommender, data: storage.Directory, targets: bool) -> dic
     return {n: p.grad for n, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", ["esmm", "aitm"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_takes_part_with_and_without_targets(
@@ -269,6 +270,7 @@ def test_every_parameter_takes_part_with_and_without_targets(
             assert not [n for n, g in found.items() if n.startswith(pointwise) and g is not None and g.any()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bundle_of_every_sharing_layer_answers_as_its_model(
     kind: str, tiny_folder: Path, liked: storage.Directory, tmp_path: Path

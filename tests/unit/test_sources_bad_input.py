@@ -118,6 +118,7 @@ def test_other_quotes_do_not_look_like_one_that_is_never_closed(tmp_path: Path, 
     assert [r[1] for r in rows] == ["1", "2"][: len(rows)] and not broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tail", ['2,"b\n' + "3,c\n" * 8_000_000, "2," + "b" * (30 << 20) + "\n3,c\n"], ids=["open quote", "long value"]
 )

@@ -119,6 +119,7 @@ def test_a_sparse_key_is_read_by_the_fast_way(tmp_path: Path) -> None:
 _value = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=4))
 
 
+@pytest.mark.slow
 @example([{"u": 2**53 + 1}, {"u": 0.0}])
 @settings(max_examples=200, deadline=None)
 @given(

@@ -33,6 +33,7 @@ def uri(path: str, query: str) -> str:
     return f"s3://key:secret@{path}{query}"
 
 
+@pytest.mark.slow
 def test_a_log_on_s3_is_listed_and_read_in_every_format(query: str) -> None:
     storage.write_table(uri("shop/parquet/day=1/a.parquet", query), pa.table({"u": [1, 2]}))
     storage.write_table(uri("shop/parquet/day=2/a.parquet", query), pa.table({"u": [3]}))

@@ -108,6 +108,7 @@ def judge(facts: Facts, answers: Answers, resampler: Resampler | None = None, pa
 # --------------------------------------------------------------------------- against scikit-learn and torchmetrics
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), users=st.integers(2, 12), decimals=st.sampled_from([1, 8]))
 def test_pointwise_metrics_are_those_of_scikit_learn(seed: int, users: int, decimals: int) -> None:
@@ -137,6 +138,7 @@ def test_pointwise_metrics_are_those_of_scikit_learn(seed: int, users: int, deci
     assert within == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), users=st.integers(2, 25))
 def test_profile_metrics_are_those_of_scikit_learn_on_each_judged_users_last_moment(seed: int, users: int) -> None:

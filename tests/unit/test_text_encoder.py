@@ -74,6 +74,7 @@ def encoder(folder: Path, **settings: Any) -> TextEncoder:
 # --------------------------------------------------------------------------- vectors
 
 
+@pytest.mark.slow
 @BOTH
 @POOLINGS
 def test_outputs_follow_inputs_though_batches_are_sorted_by_length(originals: Path, family: str, pooling: str) -> None:
@@ -390,6 +391,7 @@ def test_progress_counts_a_text_in_pieces_once(originals: Path) -> None:
     assert sum(done) == 2 and len(done) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", " ", "木 林 森", "Ωμέγα Ἀλφα", "مرحبا", "🙂" * 50, "a " * 5000, "a\x00b\n\t"])
 @BOTH
 def test_any_text_has_a_finite_vector(originals: Path, family: str, text: str) -> None:

@@ -91,6 +91,7 @@ def test_all_options_together_train_and_are_evaluated(tiny_run: TinyRun, options
     assert all(v.dtype != torch.bfloat16 for v in fitted.best_state.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dwa", "famo", "upgrad", "nash_mtl"])
 def test_balancers_train_and_report_their_weights_and_the_record(tiny_run: TinyRun, kind: str) -> None:
     seen: list[dict[str, float]] = []

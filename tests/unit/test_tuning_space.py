@@ -123,6 +123,7 @@ def test_the_configuration_is_trial_0_then_come_the_given_points(config: RunConf
     assert all(p.config is not None and p.config.model.layers == 2 for p in points)
 
 
+@pytest.mark.slow
 def test_the_same_space_draws_the_same_points_and_more_trials_continue_them(config: RunConfig) -> None:
     search = {"model.width": {"choice": [8, 32]}, "train.learning_rate": {"log_uniform": [0.001, 0.1]}}
     few, many = (draw(space_of(search=search), config, n) for n in (9, 300))

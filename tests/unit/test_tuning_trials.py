@@ -172,6 +172,7 @@ def test_the_best_configuration_as_yaml_is_read_back_to_the_same_one(tmp_path: P
     assert load_config(path) == best != config
 
 
+@pytest.mark.slow
 def test_the_page_shows_every_trial_and_escapes_what_it_shows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from mtrec_ray.tuning.page import page

@@ -81,6 +81,7 @@ def test_what_has_a_name_goes_where_the_name_is_now(tiny_run: TinyRun, tmp_path:
     assert "new rows" in told.text()
 
 
+@pytest.mark.slow
 def test_another_trunk_is_refused_and_a_new_task_begins_anew(tiny_run: TinyRun, tmp_path: Path) -> None:
     old = tiny_run.predictor
     config, data = other_data(tmp_path, width=24, sharing_width=16)

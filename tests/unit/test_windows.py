@@ -209,6 +209,7 @@ ties = st.sampled_from(["group", "order"])
 protocols = st.sampled_from(["time", "leave_one_out", *HASHED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_time", ["group", "order"])
 @pytest.mark.parametrize("protocol", ["time", "leave_one_out", *HASHED])
 @settings(max_examples=60, deadline=None)
