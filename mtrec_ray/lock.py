@@ -3,7 +3,7 @@
 A local folder is held by the operating system (`flock` on ROOT/.lock), so that it is free the moment its holder dies. An object
 store has no such lock: there ROOT/_lock.json is renewed every twenty seconds, and one that has not been renewed for two minutes is
 taken over. Two jobs that begin there within a second of each other are told apart by who wrote last. A job that slept through its
-own two minutes notices when it wakes, leaves the lock to its new holder and ends with an error.
+own two minutes notices when it wakes: it rolls out nothing more, leaves the lock to its new holder, and ends with an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,18 @@ def _held(root: str | Path, found: dict[str, Any], cure: str) -> HeldError:
 
 
 @contextmanager
-def only_writer(root: str | Path) -> Iterator[None]:
-    """Hold an output for one job, until it ends or dies.
+def only_writer(root: str | Path) -> Iterator[Callable[[], None]]:
+    """Hold an output for one job, until it ends or dies -> a question whether it still does, before what cannot be taken back.
 
-    Raises HeldError, which names the holder and the age of its hold, while another job has it, and at the end when it was lost;
-    StorageError where no folder can be made.
+    Raises HeldError, which names the holder and the age of its hold, while another job has it, and when it was lost (by the
+    question, and at the end); StorageError where no folder can be made.
     """
-    with _local(root) if storage.is_local(root) else _remote(root):
-        yield
+    with _local(root) if storage.is_local(root) else _remote(root) as still:
+        yield still
 
 
 @contextmanager
-def _local(root: str | Path) -> Iterator[None]:
+def _local(root: str | Path) -> Iterator[Callable[[], None]]:
     folder = Path(storage.resolve(root)[1])
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _local(root: str | Path) -> Iterator[None]:
         file.truncate()
         file.write(json.dumps(_owner()))
         file.flush()
-        yield
+        yield lambda: None
 
 
 def _parsed(text: str | bytes) -> dict[str, Any]:
@@ -96,52 +96,68 @@ def _parsed(text: str | bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _remote(root: str | Path) -> Iterator[None]:
+def _remote(root: str | Path) -> Iterator[Callable[[], None]]:
     uri, mine = storage.join(storage.absolute(root), "_lock.json"), _owner()
 
-    def read() -> dict[str, Any]:
-        try:
-            return _parsed(storage.read_bytes(uri))
-        except StorageError:
+    def other() -> dict[str, Any] | None:
+        """Whose it is, if not this job's; {} when it is nobody's. Raises StorageError where that cannot be told."""
+        if not storage.exists(uri):
             return {}
+        found = storage.read_json(uri)
+        return None if found.get("token") == mine["token"] else found
 
-    def check(found: dict[str, Any]) -> None:
-        if found and found.get("token") != mine["token"]:
-            raise _held(
-                storage.shown(root), found,
-                f"run again when it has ended; it last gave a sign {_age(time.time() - found.get('seen', 0))} ago, and one that "
-                f"gives none for {_age(STALE_SECONDS)} is taken over",
-            )  # fmt: skip
+    def refuse(found: dict[str, Any]) -> HeldError:
+        sign = _age(time.time() - found.get("seen", 0))
+        cure = f"it last gave a sign {sign} ago, and one that gives none for {_age(STALE_SECONDS)} is taken over"
+        return _held(storage.shown(root), found, f"run again when it has ended; {cure}")
 
-    found = read()
-    if time.time() - found.get("seen", 0) < STALE_SECONDS:
-        check(found)
+    found = _told(other)
+    if found and time.time() - found.get("seen", 0) < STALE_SECONDS:
+        raise refuse(found)
     storage.write_json(uri, mine)
     time.sleep(SETTLE_SECONDS)
-    check(read())
+    if found := _told(other):
+        raise refuse(found)
     done, lost = threading.Event(), list[dict[str, Any]]()
+
+    def look() -> None:
+        """Raises HeldError once the lock is lost; StorageError where that cannot be told."""
+        if not lost and (found := other()) is not None:
+            lost.append(found)
+            log.error("%s: another job has taken the output over, since this one gave no sign", storage.shown(root))
+        if lost:
+            slept = f"this one gave no sign for {_age(STALE_SECONDS)}"
+            if not lost[0]:
+                raise HeldError(f"{storage.shown(root)}: another job took it over, since {slept}, and has ended; run again")
+            raise _held(storage.shown(root), lost[0], f"it took over, since {slept}; run again when it has ended")
 
     def renew() -> None:
         while not done.wait(RENEW_SECONDS):
-            with suppress(StorageError):  # the next time may be better; nobody takes over before STALE_SECONDS
-                found = read()
-                if found and found.get("token") != mine["token"]:
-                    lost.append(found)
-                    log.error(
-                        "%s: %s has taken the output over, since this job gave no sign", storage.shown(root), found.get("who")
-                    )
-                    return
+            try:
+                look()
                 storage.write_json(uri, mine | {"seen": time.time()})
+            except HeldError:
+                return
+            except StorageError:  # the next time may be better; nobody takes over before STALE_SECONDS
+                pass
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        yield
+        yield look
     finally:
         done.set()
         thread.join()
-        if not lost:
+        with suppress(StorageError):  # what goes wrong in the work is said, not this
+            look()
             storage.delete(uri)
     if lost:
-        cure = f"it took over from this job, which gave no sign for {_age(STALE_SECONDS)}; run again when it has ended"
-        raise _held(storage.shown(root), lost[0], cure)
+        look()
+
+
+def _told(other: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """At the start, where a lock that is damaged is nobody's."""
+    try:
+        return other()
+    except StorageError:
+        return None

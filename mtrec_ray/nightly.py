@@ -103,8 +103,8 @@ def run_night(
     """
     runtime.connect()
     runtime.preflight(config, root)
-    nights = Nights(root)
-    with lock.only_writer(nights.root):
+    with lock.only_writer(storage.absolute(root)) as still:
+        nights = Nights(root)
         append = not settings.anew and storage.exists(nights.path("data", "manifest.json"))
         shared = Run(config, nights.root, append=append)
         shared.stage("prepare")
@@ -123,6 +123,7 @@ def run_night(
             return _ended(nights, night, "held back")
         if score and config.retrieval_task is not None:
             run.stage("score")
+        still()
         if roll_out is not None:
             roll_out(run.bundle.root, night.bundle)
         _promote(nights, run)
@@ -134,8 +135,8 @@ def run_night(
 
 def roll_back(config: RunConfig, root: str, roll_out: Callable[[str, str], None] | None = None) -> Night:
     """The bundle that served before serves again -> its night. Raises ValueError where there is none."""
-    nights = Nights(root)
-    with lock.only_writer(nights.root):
+    with lock.only_writer(storage.absolute(root)):
+        nights = Nights(root)
         current = next((n for n in nights.nights if n.name == nights.serving), None)
         before = next((n for n in nights.nights if current is not None and n.name == current.before), None)
         if current is None or before is None or not storage.exists(storage.join(nights.folder(before.name), "bundle")):

@@ -228,13 +228,11 @@ def test_blocks_in_flight_change_no_digit(run: tuple[RunConfig, Path]) -> None:
 
 
 def test_an_actor_that_starts_when_all_is_done_and_gone_does_not_fail(run: tuple[RunConfig, Path]) -> None:
-    import ray
-
     from mtrec_ray.evaluation.runner import _Actor
     from mtrec_ray.evaluation.statistics import Resampler
 
     prefix, text = (storage.Directory(str(run[1] / part)).prefix for part in ("bundle", "text"))
-    assert _Actor(prefix, [ray.ObjectRef.nil()], Resampler(3), text).predictor.item_ids
+    assert _Actor(prefix, [], Resampler(3), text).predictor.item_ids
 
 
 def test_a_run_compares_with_itself_and_the_gate_holds(run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,22 +79,67 @@ def test_a_lock_that_gives_no_sign_is_taken_over_and_a_living_one_renewed(bucket
         assert latest > first
 
 
+OTHER = {"who": "the other", "since": 0.0, "seen": 0.0, "token": "y"}
+
+
 def test_who_slept_and_lost_the_lock_leaves_it_to_the_other_and_ends_with_an_error(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
+    root = bucket.uri("run")
+    uri, worked = storage.join(root, "_lock.json"), 0
+    with pytest.raises(HeldError, match=r"the other, for .*it took over, since this one"), only_writer(root):
+        storage.write_json(uri, OTHER)  # no renewal has come by yet
+        worked += 1
+    assert storage.read_json(uri) == OTHER
+    with pytest.raises(ZeroDivisionError), only_writer(bucket.uri("run2")):  # what went wrong in the work is said
+        storage.write_json(storage.join(bucket.uri("run2"), "_lock.json"), OTHER)
+        worked += 1 // 0
+    with pytest.raises(HeldError, match="has ended; run again"), only_writer(root):
+        storage.delete(uri)
+        worked += 1
+    assert worked == 2 and not storage.exists(uri)
+
+
+def test_a_renewal_takes_nothing_from_the_other_not_even_where_the_store_fails(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
-    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 0.02)
     root = bucket.uri("run")
-    uri = storage.join(root, "_lock.json")
-    other = {"who": "the other", "since": time.time(), "seen": time.time(), "token": "y"}
-    works = False
-    with pytest.raises(HeldError, match=r"the other, for .*took over from this job"), only_writer(root):
-        until = time.monotonic() + 10
-        while "the other has taken the output over" not in caplog.text and time.monotonic() < until:
-            storage.write_json(uri, other)  # again, where this job was just renewing its own
-            time.sleep(0.02)
-        works = True
-    assert works and storage.read_json(uri) == other
+    uri, asked, fails, read_json = storage.join(root, "_lock.json"), 0, False, storage.read_json
+
+    def read(of: str) -> object:
+        nonlocal asked
+        asked += 1
+        if fails:
+            raise storage.StorageError("not now")
+        return read_json(of)
+
+    def renewals(n: int) -> None:
+        until = asked + n
+        wait_until(lambda: asked >= until)
+
+    monkeypatch.setattr(storage, "read_json", read)
+    with pytest.raises(HeldError, match="the other"), only_writer(root) as still:
+        still()
+        fails = True
+        renewals(2)  # none is half-way now
+        storage.write_json(uri, OTHER)
+        renewals(2)
+        assert read_json(uri) == OTHER
+        fails = False
+        wait_until(lambda: "another job has taken the output over" in caplog.text)
+        with pytest.raises(HeldError, match="the other"):
+            still()
+    assert read_json(uri) == OTHER
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def seen(uri: str) -> float:
