@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from jobs.command import USER_ERRORS, plain
 from mtrec_ray import bundle, storage
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--store", help="file of SQLite, or URL of Redis or Valkey (default RUN/live/histories.sqlite)")
     args = parser.parse_args(argv)
     try:
+        if args.store is not None and not is_url(args.store) and not Path(args.store).is_file():
+            raise ExportError(f"--store {args.store}: there is no such file; name the one that the service writes (store.path)")
         predictor = bundle.load(storage.join(args.run, "bundle"), verify=False)
         store = open_store(settings_of(args.store), storage.join(args.run, "data"), predictor)
         assert store is not None

@@ -19,18 +19,37 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from jobs import export_events
 from jobs.command import USER_ERRORS, plain, show_log
-from mtrec_ray import storage
+from mtrec_ray import lock, storage
 from mtrec_ray.config import load_config
 from mtrec_ray.nightly import HELD_BACK, Night, Settings, roll_back, run_night
-from mtrec_ray.serving.rollout import Target, roll_out
+from mtrec_ray.serving.rollout import NotDeployedError, Target, roll_out
+
+
+def _first(root: str) -> bool:
+    return not storage.exists(storage.join(root, "bundle", "manifest.json"))
+
+
+def _reached(target: Target, first: bool) -> bool:
+    """Whether there is a service to roll out to, said before hours of training. Raises RolloutError; not on the first night for an
+    application that cannot have been deployed yet, since it needs a bundle."""
+    try:
+        target.check()
+    except NotDeployedError as error:
+        if not first:
+            raise
+        print(f"the first night: nothing is rolled out ({error})", file=sys.stderr)
+        return False
+    return True
 
 
 def _export(root: str, log: str, store: str | None) -> None:
     """What the service kept since the last night joins the log. Raises RuntimeError."""
-    if not storage.exists(storage.join(root, "bundle", "manifest.json")):
-        return  # the first night: nothing has served yet
+    if _first(root):
+        return  # nothing has served yet
     arguments = ["--run", root, "--to", log, *([] if store is None else ["--store", store])]
-    if export_events.main(arguments) != 0:
+    with lock.only_writer(root):
+        code = export_events.main(arguments)
+    if code != 0:
         raise RuntimeError("the service's events could not be exported; see above")
 
 
@@ -50,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=int, default=7, metavar="N", help="nights that stay (default 7)")
     parser.add_argument("--anew", action="store_true", help="prepare the whole log anew, after a change of the section data")
     parser.add_argument("--from-scratch", action="store_true", help="train without the weights of the bundle that serves")
+    parser.add_argument("--again", action="store_true", help="another night though no events are new, such as with other settings")
     parser.add_argument("--no-score", action="store_true", help="write no lists")
     parser.add_argument("--log", help="directory or URI that data.interactions reads: the service's events go there first")
     parser.add_argument("--store", help="of the service, a file or Redis' URL (default OUT/live/histories.sqlite)")
@@ -73,14 +93,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.token_env is not None and token is None:
             raise ValueError(f"--token-env: {args.token_env} is not set")
         target = None if args.dashboard is None else Target(args.dashboard, args.url.rstrip("/"), args.app, token)
-        rolled = None if target is None else partial(roll_out, target)
-        if target is not None:
-            target.deployed()  # said before hours of training
+        reached = target is not None and _reached(target, _first(root))
+        rolled = partial(roll_out, target) if target is not None and reached else None
         if args.rollback:
             return _told(roll_back(config, root, rolled))
         if args.log is not None:
             _export(root, args.log, args.store)
-        settings = Settings(args.noninferior, tuple(args.gate), args.keep, args.anew, args.from_scratch)
+        settings = Settings(args.noninferior, tuple(args.gate), args.keep, args.anew, args.from_scratch, args.again)
         return _told(run_night(config, root, settings, rolled, score=not args.no_score))
     except USER_ERRORS as error:
         if args.debug:

@@ -40,7 +40,7 @@ JOBS = (
     "forget", "export_events", "load_histories", "nightly",
 )  # fmt: skip
 STOPPED = 130
-PATHS = ("--out", "--run", "--verify", "--export", "--to", "--lists", "--log")
+PATHS = ("--out", "--run", "--verify", "--export", "--to", "--lists", "--log", "--store")
 """Options of the jobs that name a place."""
 
 

@@ -112,7 +112,7 @@ def _remote(root: str | Path) -> Iterator[Callable[[], None]]:
         return _held(storage.shown(root), found, f"run again when it has ended; {cure}")
 
     found = _told(other)
-    if found and time.time() - found.get("seen", 0) < STALE_SECONDS:
+    if found and abs(time.time() - found.get("seen", 0)) < STALE_SECONDS:  # a clock that went back is no sign of life
         raise refuse(found)
     storage.write_json(uri, mine)
     time.sleep(SETTLE_SECONDS)

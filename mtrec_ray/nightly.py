@@ -6,11 +6,13 @@
     ROOT/train, bundle, ...   what serves: a run like any other (`jobs.serve ROOT`)
     ROOT/nightly.json         what became of every night
 
-A night is named by its day and its data; one that was stopped goes on under its name, as long as no new data have come.
+A night is named by its day and its data, and by a number where that is taken; one that was stopped goes on under its name, as long
+as no new data have come.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.evaluation.compare import broken_limits, compare, load
 from mtrec_ray.evaluation.reduce import WHOLE
 from mtrec_ray.pipeline import Run
+from mtrec_ray.serving.rollout import RolloutError
 from mtrec_ray.training import warm
 from mtrec_ray.training.worker import build_model, load_schema, tell_items
 
@@ -48,6 +51,8 @@ class Settings:
     """Prepare the whole log anew: after a change of the section `data`."""
     from_scratch: bool = False
     """Train without the weights of the bundle that serves."""
+    again: bool = False
+    """Another night of the same data, though nothing is new: after a change of the configuration."""
 
 
 @dataclass
@@ -60,10 +65,15 @@ class Night:
     before: str = ""
     """Name of the night whose bundle served then; empty: none."""
     verdict: str = "begun"
-    """begun, held back, live, or rolled back."""
+    """begun, held back, rolling out, live, or rolled back."""
     limits: list[str] = field(default_factory=list)
     """Limits that were broken."""
     ended: str = ""
+
+    @property
+    def over(self) -> bool:
+        """Nothing more becomes of it by itself."""
+        return self.verdict in ("live", "rolled back")
 
 
 class Nights:
@@ -84,13 +94,20 @@ class Nights:
     def folder(self, name: str) -> str:
         return self.path("nights", name)
 
-    def of(self, data: str) -> Night:
-        """The night of these data, a new one where there is none."""
-        if self.nights and self.nights[-1].data == data:
-            return self.nights[-1]
-        self.nights.append(Night(f"{time.strftime('%Y-%m-%d', time.gmtime())}-{data[:8]}", data, before=self.serving))
-        self.write()
-        return self.nights[-1]
+    def of(self, data: str, again: bool = False) -> Night:
+        """The night of these data, a new one where there is none (again: where that is over). One that is not over begins with, and
+        is compared with, what serves now."""
+        if not self.nights or self.nights[-1].data != data or (again and self.nights[-1].over):
+            names = {n.name for n in self.nights}
+            day = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{data[:8]}"
+            name = next(n for n in itertools.chain([day], (f"{day}-{i}" for i in itertools.count(2))) if n not in names)
+            self.nights.append(Night(name, data, before=self.serving))
+            self.write()
+        night = self.nights[-1]
+        if not night.over and night.before != self.serving:
+            night.before = self.serving
+            self.write()
+        return night
 
 
 def run_night(
@@ -110,9 +127,9 @@ def run_night(
         shared.stage("prepare")
         if config.encoder is not None:
             shared.stage("encode")
-        night = nights.of(shared.data.manifest["inputs"])
-        if night.verdict in ("live", "rolled back"):
-            log.info("nightly: no new events since %s (%s)", night.name, night.verdict)
+        night = nights.of(shared.data.manifest["inputs"], settings.again)
+        if night.over:
+            log.info("nightly: no new events since %s (%s); --again trains on the same ones", night.name, night.verdict)
             return night
         run = Run(_begun(config, nights, night, settings), nights.folder(night.name), shared=nights.root)
         for stage in ("train", "index", "evaluate"):
@@ -120,12 +137,20 @@ def run_night(
         night.bundle = bundle.fingerprint_of(run.bundle.root)
         night.limits = _gate(config, nights, night, settings)
         if night.limits:
-            return _ended(nights, night, "held back")
+            still()
+            _ended(nights, night, "held back")
+            _forget_old(nights, settings.keep)
+            return night
         if score and config.retrieval_task is not None:
             run.stage("score")
         still()
         if roll_out is not None:
-            roll_out(run.bundle.root, night.bundle)
+            _ended(nights, night, "rolling out")  # whoever is stopped here may have left the new bundle serving
+            try:
+                roll_out(run.bundle.root, night.bundle)
+            except RolloutError:  # and the old one is back
+                _ended(nights, night, "begun")
+                raise
         _promote(nights, run)
         nights.serving = night.name
         _ended(nights, night, "live")
@@ -134,14 +159,18 @@ def run_night(
 
 
 def roll_back(config: RunConfig, root: str, roll_out: Callable[[str, str], None] | None = None) -> Night:
-    """The bundle that served before serves again -> its night. Raises ValueError where there is none."""
-    with lock.only_writer(storage.absolute(root)):
+    """The bundle that served before serves again -> its night. After a rollout that was stopped half-way: the one that served
+    when it began. Raises ValueError where there is none."""
+    with lock.only_writer(storage.absolute(root)) as still:
         nights = Nights(root)
         current = next((n for n in nights.nights if n.name == nights.serving), None)
+        if nights.nights and nights.nights[-1].verdict == "rolling out":
+            current = nights.nights[-1]
         before = next((n for n in nights.nights if current is not None and n.name == current.before), None)
         if current is None or before is None or not storage.exists(storage.join(nights.folder(before.name), "bundle")):
             raise ValueError(f"--rollback: no bundle served before {nights.serving or 'the first night'}")
         run = Run(config, nights.folder(before.name), shared=nights.root)
+        still()
         if roll_out is not None:
             roll_out(run.bundle.root, before.bundle)
         _promote(nights, run)
@@ -228,8 +257,8 @@ def _ended(nights: Nights, night: Night, verdict: str) -> Night:
 
 def _forget_old(nights: Nights, keep: int) -> None:
     """Delete what no night needs: never the bundle that serves, nor the one before it (a rollback)."""
-    current = next(n for n in nights.nights if n.name == nights.serving)
-    needed = {current.name, current.before, *(n.name for n in nights.nights[-keep:])}
+    before = {n.before for n in nights.nights if n.name == nights.serving}
+    needed = {nights.serving, *before, *(n.name for n in nights.nights[-keep:])}
     for old in nights.nights:
         if old.name not in needed and storage.exists(nights.folder(old.name)):
             storage.delete(nights.folder(old.name))

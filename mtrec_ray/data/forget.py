@@ -41,7 +41,8 @@ class Forgotten:
 def forget(run: str, user_ids: Sequence[str], others: Sequence[str] = ()) -> Forgotten:
     """Remove users, by the ids that the prepared data hold (pseudonyms where those are used).
 
-    run: a run directory; others: further run directories or bundles to look for bundles trained on these data.
+    run: a run directory, that of nightly.py with all its nights; others: further run directories or bundles to look for bundles
+    trained on these data.
     Raises StorageError when nothing is prepared there.
     """
     directory = storage.Directory(storage.join(run, "data"))
@@ -57,7 +58,7 @@ def _forget(run: str, directory: storage.Directory, user_ids: Sequence[str], oth
     known = lineage.forgotten(directory.root) | {lineage.forgotten_hash(u) for u in user_ids}
     storage.write_json(uri, {"users": sorted(known), "pseudonym_key": manifest["pseudonym_key"]})
     covered = manifest["covered"] | {"forgotten": sorted(known)}
-    out.bundles = trained_with([run, *others], {manifest["inputs"], *manifest["ancestors"]})
+    out.bundles = trained_with([*_runs(run), *others], {manifest["inputs"], *manifest["ancestors"]})
     wanted = pa.array(sorted(set(user_ids)), pa.string())
     places = {int(n) for n in user_partition(wanted, manifest["partitions"])}
     numbers = {f"part-{n:05d}.parquet" for n in places}
@@ -92,9 +93,18 @@ def _forget(run: str, directory: storage.Directory, user_ids: Sequence[str], oth
     for earlier in ancestors:  # data that were appended to may have been trained on too
         for split in ("train", "valid"):
             shutil.rmtree(window_cache(storage.join(directory.root, earlier[:16]), split), ignore_errors=True)
-    _forget_scores(run, wanted, out)
+    for one in _runs(run):
+        _forget_scores(one, wanted, out)
     _forget_texts(run, directory, out)
     return out
+
+
+def _runs(run: str) -> list[str]:
+    """The run, its nights, and what each of them was compared with."""
+    uri = storage.join(run, "nightly.json")
+    nights = storage.read_json(uri)["nights"] if storage.exists(uri) else []
+    folders = [storage.join(run, "nights", n["name"]) for n in nights]
+    return [run, *(place for folder in folders for place in (folder, storage.join(folder, "incumbent")))]
 
 
 def _known(directory: storage.Directory, wanted: pa.Array, numbers: set[str]) -> bool:

@@ -14,7 +14,7 @@ from mtrec_ray.serving.impressions import ShownList
 from mtrec_ray.serving.store import HistoryStore, StoredEvent
 
 CURSOR, SHOWN_CURSOR = "_live.json", "_shown.json"
-"""In the target, hidden from readers of the log: the number of the last event (list) that was written."""
+"""In the target, hidden from readers of the log: the number of the last event (list) that was written, and of which store."""
 AT_ONCE = 100_000
 """Events of a file."""
 _PER_MS = {"ms": 1.0, "s": 0.001, "us": 1000.0, "ns": 1_000_000.0}
@@ -39,33 +39,34 @@ def check_log(config: RunConfig) -> None:
 
 
 def export_events(store: HistoryStore, config: RunConfig, target: str) -> int:
-    """Events that came since the last call, as TARGET/live-NUMBER.parquet with the log's own columns -> how many.
+    """Events that came since the last call, as TARGET/live-NUMBER-STORE.parquet with the log's own columns -> how many.
 
     A call that was killed writes the same file again. Raises ExportError, StoreError, StorageError.
     """
     check_log(config)
     cursor_uri = storage.join(target, CURSOR)
-    cursor = int(storage.read_json(cursor_uri)["number"]) if storage.exists(cursor_uri) else 0
+    cursor = _number(store, cursor_uri)
     written = 0
     while True:
         found = store.log(cursor, AT_ONCE)
         if not found:
             return written
-        # whole numbers of one width, so that files are read in the order of acceptance
-        storage.write_table(storage.join(target, f"live-{found[0][0]:020d}.parquet"), rows_of([e for _, e in found], config))
+        storage.write_table(
+            storage.join(target, f"live-{_name(found[0][0], store)}.parquet"), rows_of([e for _, e in found], config)
+        )
         cursor = found[-1][0]
-        storage.write_json(cursor_uri, {"number": cursor})
+        storage.write_json(cursor_uri, {"number": cursor, "store": store.identity})
         written += len(found)
 
 
 def export_lists(store: HistoryStore, target: str) -> int:
-    """Lists that were shown since the last call, a row per place, as TARGET/shown-NUMBER.parquet -> how many lists.
+    """Lists that were shown since the last call, a row per place, as TARGET/shown-NUMBER-STORE.parquet -> how many lists.
 
     request_id, user_id, bundle, timestamp (ms UTC), position (from 1), item_id, score, propensity, tasks (a map).
     """
     written = 0
     for first, lists in _shown(store, target, None):
-        storage.write_table(storage.join(target, f"shown-{first:020d}.parquet"), list_rows(lists))
+        storage.write_table(storage.join(target, f"shown-{_name(first, store)}.parquet"), list_rows(lists))
         written += len(lists)
     return written
 
@@ -98,7 +99,7 @@ def export_unanswered(store: HistoryStore, config: RunConfig, target: str, label
             for place, (item, chance) in enumerate(zip(s.item_ids, s.propensities, strict=True), 1)
             if not any(0 <= t - s.timestamp <= within_ms for t in answered.get((s.user_id, item), ()))
         ]
-        storage.write_table(storage.join(target, f"unanswered-{first:020d}.parquet"), rows_of(rows, config))
+        storage.write_table(storage.join(target, f"unanswered-{_name(first, store)}.parquet"), rows_of(rows, config))
         written += len(rows)
     return written
 
@@ -107,7 +108,7 @@ def _shown(store: HistoryStore, target: str, before_ms: int | None) -> Iterator[
     """Lists behind the cursor of a directory, in pieces; the cursor moves when the next piece is asked for. before_ms: only those
     that were shown earlier."""
     cursor_uri = storage.join(target, SHOWN_CURSOR)
-    cursor = int(storage.read_json(cursor_uri)["number"]) if storage.exists(cursor_uri) else 0
+    cursor = _number(store, cursor_uri)
     while True:
         found = store.impressions(cursor, AT_ONCE // 10)
         if before_ms is not None:
@@ -117,7 +118,25 @@ def _shown(store: HistoryStore, target: str, before_ms: int | None) -> Iterator[
             return
         yield found[0][0], [s for _, s in found]
         cursor = found[-1][0]
-        storage.write_json(cursor_uri, {"number": cursor})
+        storage.write_json(cursor_uri, {"number": cursor, "store": store.identity})
+
+
+def _number(store: HistoryStore, cursor_uri: str) -> int:
+    """Of the last event (list) that was written; 0 at first. Raises ExportError where those were another store's."""
+    if not storage.exists(cursor_uri):
+        return 0
+    found = storage.read_json(cursor_uri)
+    if found.get("store", store.identity) != store.identity:
+        raise ExportError(
+            f"{storage.shown(cursor_uri)}: what was written here came from another store, whose numbers mean nothing in this one: "
+            "events would be left out. Name that store (--store), or delete this file: then all that this store holds is written"
+        )
+    return int(found["number"])
+
+
+def _name(number: int, store: HistoryStore) -> str:
+    """Of a file: whole numbers of one width, so that files are read in the order of acceptance."""
+    return f"{number:020d}-{store.identity[:8]}"
 
 
 def list_rows(lists: list[ShownList]) -> pa.Table:

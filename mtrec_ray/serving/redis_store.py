@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import json
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -186,6 +187,12 @@ class RedisStore(Joining):
                 self._client.delete(version, events, seen, ids)
             self._client.bgrewriteaof()  # the file of appended commands still names them until it is written anew
         return removed
+
+    @property
+    def identity(self) -> str:
+        with self._errors():
+            self._client.set(f"{self.prefix}:store", uuid.uuid4().hex, nx=True)
+            return str(self._client.get(f"{self.prefix}:store"))
 
     def log(self, after: int, limit: int) -> list[tuple[int, StoredEvent]]:
         """Numbers are those of the stream, milliseconds · 2^20 + place."""

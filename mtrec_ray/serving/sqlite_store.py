@@ -39,6 +39,8 @@ CREATE TABLE IF NOT EXISTS items (
     item_id TEXT PRIMARY KEY, number INTEGER NOT NULL, place INTEGER, columns TEXT, vector BLOB NOT NULL, encoder TEXT NOT NULL,
     available INTEGER NOT NULL, blocked INTEGER NOT NULL, deleted INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS item_numbers ON items (number);
+CREATE TABLE IF NOT EXISTS store (identity TEXT NOT NULL);
+INSERT INTO store SELECT lower(hex(randomblob(16))) WHERE NOT EXISTS (SELECT 1 FROM store);
 CREATE UNIQUE INDEX IF NOT EXISTS log_ids ON log (user_id, event_id) WHERE event_id IS NOT NULL;
 """
 
@@ -204,6 +206,11 @@ class SqliteStore(Joining):
             self._db.execute("VACUUM")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return removed
+
+    @property
+    def identity(self) -> str:
+        with self._errors():
+            return str(self._db.execute("SELECT identity FROM store").fetchone()[0])
 
     def log(self, after: int, limit: int) -> list[tuple[int, StoredEvent]]:
         wanted = (

@@ -96,6 +96,10 @@ class HistoryStore(ItemStore, ImpressionStore, Protocol):
     """Where live histories are, and beside them changed items and lists that were shown. Raises StoreError where it cannot be
     reached."""
 
+    @property
+    def identity(self) -> str:
+        """Made with the store and kept in it: numbers of events and lists mean nothing in another."""
+
     def get(self, user_id: str) -> Stored | None:
         """None for a user that neither it nor the prepared data know."""
 

@@ -144,6 +144,7 @@ class Versions:
         """
         out = []
         for uri in [rollout.bundle or self.default_uri, *([rollout.canary] if rollout.canary else [])]:
+            self.refused.pop(uri, None)
             try:
                 known = [v for v in list(self._held.values()) if v.asked == uri]
                 if known and bundle.fingerprint_of(known[0].uri) == known[0].fingerprint:
@@ -153,7 +154,6 @@ class Versions:
                 if uri != self.default_uri or self._held:  # what the service starts with may be of an older version
                     version.verify()
                 out.append(self._add(version))
-                self.refused.pop(uri, None)
             except Exception as error:
                 self.refused[uri] = f"{type(error).__name__}: {error}"
                 raise

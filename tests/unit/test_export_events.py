@@ -121,6 +121,24 @@ def test_an_export_that_was_killed_writes_the_same_file_again(made: Made, monkey
     assert times == [LATER + n for n in range(5)]
 
 
+def test_another_store_is_refused_and_loses_nothing(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = made
+    keep(made, *[{"user": "u1", "item": "i3", "time": LATER + n, "actions": {"click": 1}} for n in range(5)])
+    arguments = ["--run", str(folder / "run"), "--to", str(folder / "out"), "--lists", str(folder / "lists")]
+    assert job.main(arguments) == 0
+    for file in (folder / "run" / "live").iterdir():  # it was lost, and the service began another
+        file.unlink()
+    keep(made, *[{"user": "u2", "item": "i3", "time": LATER + n, "actions": {"click": 1}} for n in range(7)])
+    capsys.readouterr()
+    assert job.main(arguments) == 2 and "came from another store" in capsys.readouterr().err
+    (folder / "out" / "_live.json").unlink()
+    assert job.main(arguments) == 0 and "exported: 7 events" in capsys.readouterr().out
+    rows = [r for p in (folder / "out").glob("live-*.parquet") for r in pq.read_table(p)["user"].to_pylist()]
+    assert sorted(rows) == ["u1"] * 5 + ["u2"] * 7
+    assert job.main([*arguments, "--store", str(folder / "nowhere.sqlite")]) == 2
+    assert "there is no such file" in capsys.readouterr().err and not (folder / "nowhere.sqlite").exists()
+
+
 def test_a_log_that_live_events_are_no_rows_of_is_refused(tmp_path: Path) -> None:
     tiny.write_log(tmp_path)
     with pytest.raises(ExportError, match=r"data\.interactions\.format is csv"):

@@ -11,6 +11,7 @@ import yaml
 from jobs import nightly as job
 from mtrec_ray import storage
 from mtrec_ray.nightly import Night, Settings
+from mtrec_ray.serving.rollout import NotDeployedError, RolloutError, Target
 from tests import tiny
 
 
@@ -71,6 +72,26 @@ def test_what_the_service_kept_is_exported_first_but_not_before_there_is_one(
     code = 2
     assert job.main([*command, "--log", "log"]) == 2 and len(asked) == 3  # nothing is trained on half of the events
     assert "could not be exported" in capsys.readouterr().err
+
+
+def test_on_the_first_night_there_may_be_nothing_to_roll_out_to_and_later_there_must_be(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(self: Target) -> None:
+        raise wrong
+
+    monkeypatch.setattr(Target, "check", check)
+    asked, served = nights(monkeypatch), [*command, "--dashboard", "http://d"]
+    wrong: Exception = NotDeployedError("no application; deploy serve_apps/recommend.yaml first")
+    assert job.main([*served, "--again"]) == 0 and asked[0][2] is None and asked[0][1].again
+    assert "the first night: nothing is rolled out (no application" in capsys.readouterr().err
+    assert job.main([*served, "--rollback"]) == 2
+    storage.write_json(f"{command[-1]}/bundle/manifest.json", {})
+    assert job.main(served) == 2 and "serve_apps/recommend.yaml" in capsys.readouterr().err
+    wrong = RolloutError("the service does not answer")
+    assert job.main(served) == 2 and len(asked) == 1
+    monkeypatch.setattr(Target, "check", lambda self: None)
+    assert job.main(served) == 0 and asked[1][2] is not None
 
 
 @pytest.mark.parametrize("wrong", [["--store", "x"], ["--keep", "0"], ["--noninferior", "1"], ["--noninferior", "-0.1"]])

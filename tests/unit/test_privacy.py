@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,21 @@ def test_a_forgotten_user_is_in_no_file_of_the_run(run: Path) -> None:
     assert rows["events"] + rows["quarantined"] + rows["forgotten"] == rows["read"] == old["read"]
     assert PreparedHistories(str(run / "run" / "data")).get("u7") is None
     assert verify(str(run / "run" / "scores"))["rows"] == 23
+
+
+def test_a_forgotten_user_leaves_the_lists_of_all_nights_and_their_bundles_are_told(run: Path) -> None:
+    folder, nights = run / "run", [{"name": "2026-01-01-a"}, {"name": "2026-01-02-b"}]
+    storage.write_json(str(folder / "nightly.json"), {"nights": nights, "serving": ""})
+    places = [folder / "nights" / "2026-01-01-a", folder / "nights" / "2026-01-02-b" / "incumbent"]
+    for place in places:
+        shutil.copytree(folder / "scores", place / "scores")
+        shutil.copytree(folder / "bundle", place / "bundle")
+    found = forget(str(folder), ["u7"])
+    assert b"'u7'" not in every_byte(folder) and found.rows["scores"] == 3
+    assert [b.removeprefix(str(folder)).split("/bundle")[0] for b in found.bundles] == [
+        "",
+        *(str(p).removeprefix(str(folder)) for p in places),
+    ]
 
 
 def test_the_machines_copies_of_windows_go_too_also_those_of_data_before_an_append(run: Path) -> None:

@@ -320,6 +320,18 @@ def test_a_wrong_canary_is_told_once_by_its_own_name(make: Make, run: TinyRun, t
     asyncio.run(work(make(fused=True)))
 
 
+def test_a_refusal_is_told_no_more_once_the_bundle_serves(make: Make, run: TinyRun) -> None:
+    async def work(service: Any) -> None:
+        await service.reconfigure({})
+        for uri in (str(run.folder / "other"), run.bundle_root):
+            service.versions.refused[uri] = "StageDownError: the disk was slow"
+            await service.reconfigure({"bundle": uri})
+            await service._rolling
+            assert uri not in service.versions.refused and service.versions.current.asked == uri
+
+    asyncio.run(work(make(fused=True)))
+
+
 def test_golden_requests_tell_another_model(run: TinyRun) -> None:
     kept = bundle.find_golden(run.bundle_root)
     assert len(kept["requests"]) == golden.REQUESTS and kept["requests"][0]["item_ids"] == []
