@@ -56,7 +56,7 @@ bench: install
 	$(BIN)/python -m benchmarks.append
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality_best
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.multitask_vs_single
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.multitask_vs_single --trials 2 --seeds 6
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.multitask_vs_single --trials 2 balancing.kind=famo
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.encode
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.pretraining
