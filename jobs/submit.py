@@ -205,7 +205,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("job", choices=JOBS, metavar="JOB", help=", ".join(JOBS))
     parser.add_argument("--address", help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS)")
-    parser.add_argument("--labels", nargs="+", default=[], metavar="KEY=VALUE", help="of the node that the job's driver runs on")
+    parser.add_argument(
+        "--labels",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the node that the job's driver runs on; may be repeated",
+    )
     parser.add_argument("--cpus", type=float, default=0, help="that the driver itself holds (default 0)")
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="for the job; alone: as it is here")
     parser.add_argument("--python", default="python", help="the interpreter on the cluster (default python)")

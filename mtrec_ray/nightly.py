@@ -19,7 +19,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import torch
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from mtrec_ray import bundle, lock, runtime, storage
 from mtrec_ray.config import RunConfig
@@ -27,6 +31,7 @@ from mtrec_ray.encoders.cache import load_text_vectors
 from mtrec_ray.evaluation.compare import broken_limits, compare, load
 from mtrec_ray.evaluation.reduce import WHOLE
 from mtrec_ray.pipeline import Run
+from mtrec_ray.predictor import Predictor
 from mtrec_ray.serving.rollout import RolloutError
 from mtrec_ray.training import warm
 from mtrec_ray.training.worker import build_model, load_schema, tell_items
@@ -131,6 +136,7 @@ def run_night(
         if night.over:
             log.info("nightly: no new events since %s (%s); --again trains on the same ones", night.name, night.verdict)
             return night
+        _check_gates(config, nights, night, settings)
         run = Run(_begun(config, nights, night, settings), nights.folder(night.name), shared=nights.root)
         for stage in ("train", "index", "evaluate"):
             run.stage(stage)
@@ -187,6 +193,21 @@ def _begun(config: RunConfig, nights: Nights, night: Night, settings: Settings) 
     return config.model_copy(update={"train": train})
 
 
+def _check_gates(config: RunConfig, nights: Nights, night: Night, settings: Settings) -> None:
+    """What the gate would say after hours of training. Raises ValueError."""
+    for gate in settings.gates:
+        task = gate.rpartition("|")[2].partition("/")[0]
+        if task not in config.tasks:
+            raise ValueError(f"--gate {gate}: there is no task {task!r}; known are {sorted(config.tasks)}, as in click/auc")
+    if night.before and any(f.kind == "text" for f in config.data.context.values()):
+        old = bundle.load(storage.join(nights.folder(night.before), "bundle"), verify=False)
+        if not _same_encoder(old, storage.Directory(nights.path("text"))):
+            raise ValueError(
+                "encoder: the bundle that serves reads the texts of events with another encoder, and cannot be judged on what this "
+                "one has read; name another --out, whose first night is compared with nothing"
+            )
+
+
 def _gate(config: RunConfig, nights: Nights, night: Night, settings: Settings) -> list[str]:
     """Limits that the new bundle breaks against the one that serves, both judged on today's test part."""
     if not night.before:
@@ -219,7 +240,8 @@ def carried(config: RunConfig, nights: Nights, night: Night) -> Run:
     if not run.trained.is_published(fingerprint):
         prefix = run.trained.begin(fingerprint)
         catalogue = storage.read_table(run.data.path("catalogue.parquet"))
-        text_NE = None if text is None else load_text_vectors(text.prefix, catalogue)
+        own = old.text_encoder is not None and (text is None or not _same_encoder(old, text))
+        text_NE = _texts_read_by(old, catalogue) if own else None if text is None else load_text_vectors(text.prefix, catalogue)
         model = build_model(run.config, load_schema(run.data.prefix), text_NE)
         tell_items(model, catalogue)
         told = warm.carry(model, catalogue["item_id"].to_pylist(), old.model.state_dict(), old.model, old.item_ids)
@@ -227,10 +249,33 @@ def carried(config: RunConfig, nights: Nights, night: Night) -> Run:
         storage.write_bytes(storage.join(prefix, "weights.safetensors"), save_tensors(model.state_dict()))
         read = {"data": run.data.manifest["inputs"], "text": text and text.manifest["inputs"]}
         facts = storage.Directory(storage.join(nights.folder(night.before), "train")).manifest["training"]
-        run.trained.publish(fingerprint, kind="train", training=facts | {"carried": old.fingerprint}, read=read)
+        if own and text_NE is not None:
+            storage.write_bytes(storage.join(prefix, "text.safetensors"), save_tensors({"text_NE": text_NE}))
+        reads = {"text_encoder": old.text_encoder} if own else {}
+        run.trained.publish(fingerprint, kind="train", training=facts | {"carried": old.fingerprint}, read=read, **reads)
     for stage in ("index", "evaluate"):
         run.stage(stage)
     return run
+
+
+def _same_encoder(old: Predictor, text: storage.Directory) -> bool:
+    """Whether a bundle reads texts as they were encoded today, wherever the encoder lies."""
+    one, other = ({k: v for k, v in (e or {}).items() if k != "model"} for e in (old.text_encoder, text.manifest["encoder"]))
+    return one == other
+
+
+def _texts_read_by(old: Predictor, catalogue: pa.Table) -> Tensor:
+    """text_NE of a catalogue by a bundle's own TextEncoder: today's configuration names another, or it was trained with the bundle.
+    Raises EncoderError where it is no more."""
+    texts = catalogue["text"].to_pylist()
+    distinct = sorted({t for t in texts if t})
+    place = {t: i for i, t in enumerate(distinct)}
+    encoder = old.open_text_encoder()
+    out = np.zeros((len(texts), encoder.width), np.float32)
+    there = [n for n, t in enumerate(texts) if t]
+    if there:
+        out[there] = encoder.encode(distinct)[[place[texts[n]] for n in there]]
+    return torch.from_numpy(out)
 
 
 def _promote(nights: Nights, run: Run) -> None:

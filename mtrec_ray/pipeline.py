@@ -147,7 +147,8 @@ class Run:
         encoder = None if text is None else text.manifest["encoder"]
         if storage.exists(self.trained.path("text.safetensors")):  # the encoder was trained too
             text_NE = load_tensors(storage.read_bytes(self.trained.path("text.safetensors")))["text_NE"]
-            encoder = {**(encoder or {}), "model": self.trained.path("encoder"), "content": self.trained.manifest["inputs"]}
+            trained = {**(encoder or {}), "model": self.trained.path("encoder"), "content": self.trained.manifest["inputs"]}
+            encoder = self.trained.manifest.get("text_encoder", trained)  # of a bundle that was carried
         model = build_model(self.config, schema, text_NE)
         model.load_state_dict(load_tensors(storage.read_bytes(self.trained.path("weights.safetensors"))))
         index = None

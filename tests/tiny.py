@@ -212,7 +212,7 @@ def write_bundle(
     return bundle.load(str(root))
 
 
-def write_encoder(folder: Path) -> Path:
+def write_encoder(folder: Path, seed: int = 0) -> Path:
     """A tiny BERT with random weights and a word tokenizer, as a Hugging Face directory. It understands nothing:
     it is here so that the encode stage runs."""
     import torch
@@ -223,7 +223,7 @@ def write_encoder(folder: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertModel(config).save_pretrained(folder)
     return folder

@@ -22,6 +22,9 @@ Files = dict[str, dict[str, Any]]
 """Path -> size, modified (ns), sha256."""
 
 
+ANEW = "prepare anew, without --append (jobs.nightly: with --anew)"
+
+
 class DataError(ValueError):
     """A log that cannot be prepared; nothing has been published."""
 
@@ -145,20 +148,17 @@ def appended(parts: dict[str, Any], manifest: dict[str, Any], prefix: str, units
         if parts[what] != old[what]:
             names = [k for k in parts[what] if parts[what][k] != old[what].get(k)] if what == "data" else []
             raise DataError(
-                f"--append: the configuration differs from the one of the published data ({', '.join(names) or what}); "
-                "prepare anew without --append"
+                f"--append: the configuration differs from the one of the published data ({', '.join(names) or what}); {ANEW}"
             )
     if parts["forgotten"] != old["forgotten"]:
         raise DataError("--append: jobs.forget was stopped before it had ended; run it again first, for the same users")
     there: Files = old["files"]["interactions"]
     gone = sorted(set(there) - set(parts["files"]["interactions"]))
     if gone:
-        raise DataError(
-            f"--append: {gone[0]} is gone since it was prepared ({len(gone)} such files); prepare anew without --append"
-        )
+        raise DataError(f"--append: {gone[0]} is gone since it was prepared ({len(gone)} such files); {ANEW}")
     for path, found in parts["files"]["interactions"].items():
         if path in there and there[path]["sha256"] != found["sha256"]:
-            raise DataError(f"--append: {path} has changed since it was prepared; prepare anew without --append")
+            raise DataError(f"--append: {path} has changed since it was prepared; {ANEW}")
     order: list[str] = manifest["order"]
     new = sorted({u.path for u in units} - set(order))
     index = {path: len(order) + i for i, path in enumerate(new)}

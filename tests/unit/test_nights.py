@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mtrec_ray import nightly, storage
-from mtrec_ray.nightly import Night, Nights, roll_back
+from mtrec_ray import bundle, nightly, storage
+from mtrec_ray.nightly import Night, Nights, Settings, roll_back
+from mtrec_ray.pipeline import Run
 from tests import tiny
 
 Ended = Callable[[Nights, str, str], Night]
@@ -75,3 +78,34 @@ def test_nights_that_were_held_back_do_not_stay_for_ever(tmp_path: Path, end: En
     held: list[Any] = [end(nights, str(n), "held back").name for n in range(1, 5)]
     nightly._forget_old(nights, 2)
     assert {p.name for p in (tmp_path / "nights").iterdir()} == {*served, *held[-2:]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["its own", "another", "its own elsewhere"])
+def test_what_serves_is_judged_with_the_texts_as_it_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    config, data, _, old = tiny.write_shop(tmp_path)
+    root, place = tmp_path / "out", tmp_path / ("encoder" if encoder == "its own" else "encoder2")
+    if encoder == "another":
+        tiny.write_encoder(place, seed=1)
+    elif encoder == "its own elsewhere":
+        shutil.copytree(tmp_path / "encoder", place)
+    today = config.model_copy(update={"encoder": config.encoder.model_copy(update={"model": str(place)})})  # type: ignore[union-attr]
+    tiny.encode_locally(today, data, root / "text")
+    shutil.copytree(tmp_path / "data", root / "data")
+    shutil.copytree(tmp_path / "bundle", root / "nights" / "first" / "bundle")
+    storage.Directory(root / "nights" / "first" / "train").publish("t" * 64, training={"best_epoch": 1})
+    monkeypatch.setattr(Run, "_evaluate", lambda self: True)
+    run = nightly.carried(today, Nights(str(root)), Night("second", "d", before="first"))
+    found = bundle.load(storage.join(run.bundle.root, run._bundle_inputs()[:16]))
+    torch.testing.assert_close(found.item_vec_ND, old.item_vec_ND)
+    assert storage.exists(run.trained.path("text.safetensors")) == (encoder == "another")
+    assert {**(found.text_encoder or {}), "model": ""} == {**(old.text_encoder or {}), "model": ""}
+
+
+def test_a_gate_of_no_task_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    tiny.write_log(tmp_path)
+    settings = Settings(gates=("click/auc", "week|klick/auc"))
+    with pytest.raises(ValueError, match=r"--gate week\|klick/auc: there is no task 'klick'; known are .*'click'"):
+        nightly._check_gates(tiny.make_config(tmp_path), Nights(str(tmp_path / "out")), Night("n", "d"), settings)
