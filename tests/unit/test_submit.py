@@ -112,6 +112,20 @@ def test_the_command_line_says_one_thing(config: Path, capsys: pytest.CaptureFix
         submit.main(["juggle"])
 
 
+def test_labels_may_be_repeated_and_swallow_no_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def stop(wanted: list[str]) -> None:
+        seen.append(wanted)
+        raise SubmitError("seen")
+
+    monkeypatch.setattr(submit, "check", seen.append)
+    monkeypatch.setattr(submit, "labels", stop)
+    given = ["--out", "/mnt/run", "--labels", "role=head", "train.epochs=3", "--labels", "zone=a"]
+    assert submit.main(["pipeline", *given]) == 2
+    assert seen == [["--out", "/mnt/run", "train.epochs=3"], ["role=head", "zone=a"]]
+
+
 def test_a_part_of_ray_that_died_is_said_with_the_cure() -> None:
     import ray.exceptions
 
