@@ -93,10 +93,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.token_env is not None and token is None:
             raise ValueError(f"--token-env: {args.token_env} is not set")
         target = None if args.dashboard is None else Target(args.dashboard, args.url.rstrip("/"), args.app, token)
+        if args.rollback:  # a service that is down may be why
+            rolled = None if target is None else partial(roll_out, target)
+            return _told(roll_back(config, root, rolled))
         reached = target is not None and _reached(target, _first(root))
         rolled = partial(roll_out, target) if target is not None and reached else None
-        if args.rollback:
-            return _told(roll_back(config, root, rolled))
         if args.log is not None:
             _export(root, args.log, args.store)
         settings = Settings(args.noninferior, tuple(args.gate), args.keep, args.anew, args.from_scratch, args.again)

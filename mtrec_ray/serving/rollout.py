@@ -22,6 +22,10 @@ STALE_SECONDS = 15.0
 """For so long the service may still tell why it refused the same bundle the last time."""
 
 
+PATIENCE_SECONDS = 30.0
+"""For so long a service may be away before a night refuses to begin."""
+
+
 class RolloutError(RuntimeError):
     """A bundle that does not serve; what served before still does."""
 
@@ -77,10 +81,16 @@ class Target:
     def check(self) -> None:
         """Raises RolloutError where a rollout could not even begin."""
         self.deployed()
-        try:
-            self.served()
-        except requests.RequestException as error:
-            raise RolloutError(f"{self.url}: the service does not answer ({error}); correct --url or --token-env") from None
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self.served()
+                return
+            except requests.RequestException as error:
+                if time.monotonic() > until:
+                    cure = "correct --url or --token-env, or mend the service (--rollback does not wait for it)"
+                    raise RolloutError(f"{self.url}: the service does not answer ({error}); {cure}") from None
+            time.sleep(2)
 
 
 def with_bundle(config: Mapping[str, Any], app: str, uri: str) -> dict[str, Any]:

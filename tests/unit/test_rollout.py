@@ -115,4 +115,6 @@ def test_a_service_that_does_not_answer_is_said_before_anything_is_trained(play:
     target, deployed = play(requests.ConnectionError("refused"))
     with pytest.raises(RolloutError, match=r"the service does not answer \(refused\); correct --url or --token-env"):
         target.check()
+    target, deployed = play(requests.ConnectionError("refused"), requests.ConnectionError("refused"), (OLD, {}))
+    target.check()
     assert deployed == [] and with_bundle(CONFIG, "recommend", "x") != CONFIG
