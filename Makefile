@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # those without a cluster in two processes, then those that share one Ray cluster
 test: install
 	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m ray --durations=15
+	$(BIN)/python -m pytest -m ray -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 fast: install
 	$(BIN)/python -m pytest -m "not ray and not slow" -n 2 --dist loadfile

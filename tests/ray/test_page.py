@@ -11,7 +11,7 @@ import pytest
 
 from mtrec_ray.serving.settings import ServingSettings
 from tests import tiny
-from tests.ray.test_serving import free_port
+from tests.net import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.browser]

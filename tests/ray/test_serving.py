@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,31 +18,12 @@ import yaml
 from jobs.serve import YAML
 from tests import tiny
 from tests.conftest import TinyRun
+from tests.net import free_port, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parent.parent.parent
 BODY = {"user_id": "u1", "k": 3}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(answer: Callable[[], httpx.Response], seconds: float = 120) -> httpx.Response:
-    """The first 200, tried for some time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            response = answer()
-            if response.status_code == 200 or time.monotonic() > deadline:
-                return response
-        except httpx.TransportError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.5)
 
 
 @pytest.fixture
