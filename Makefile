@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,bench]"
 	touch $@
 
-# those without a cluster in two processes, then those that share one Ray cluster
+# on two processes: those without a cluster, then those with one (a Ray cluster for each process)
 test: install
 	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m ray -n 2 --dist loadfile --no-loadscope-reorder --durations=15
