@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,7 @@ def test_every_block_of_the_tutorial_runs(ray_cluster: Any, tmp_path: Path) -> N
                 service = subprocess.Popen(
                     command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
-                health = wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10), 180)
-                assert health.status_code == 200 and service.poll() is None
+                assert wait_for(partial(health, service, port), 180).status_code == 200
             program = [sys.executable, "-"] if language == "python" else ["bash", "-euo", "pipefail"]
             text = text.replace("localhost:8000", f"localhost:{port}")
             options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 400}
@@ -68,3 +68,8 @@ def test_every_block_of_the_tutorial_runs(ray_cluster: Any, tmp_path: Path) -> N
     recommended = next(t for t in told if "items" in t)
     assert len(recommended["items"]) == 3 and recommended["degraded"] == [] and "because" in recommended["items"][0]
     assert {"accepted": 1, "duplicates": 0} in told and ": live" in said and "verified: 300 users" in said
+
+
+def health(service: subprocess.Popen[bytes], port: int) -> httpx.Response:
+    assert service.poll() is None, "the service ended"
+    return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=10)
