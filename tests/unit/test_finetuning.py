@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mtrec_ray import storage
 from mtrec_ray.config import ConfigError, EncoderConfig, RunConfig
@@ -27,6 +23,7 @@ from mtrec_ray.training.step import build_losses, build_optimizer, build_schedul
 from mtrec_ray.training.worker import build_feed, build_model, export_encoder, load_schema, run_worker, tell_items, tune_texts
 from tests import tiny
 from tests.conftest import TinyRun
+from tests.ranks import run_ranks
 
 STEPS = 3
 
@@ -82,12 +79,9 @@ def updated(config: RunConfig, prefix: str, rank: int, world: int) -> dict[str, 
     return {k: v.detach().clone() for k, v in losses.state_dict().items()} | {"cache": model.text_NE.clone()}
 
 
-def _rank(rank: int, world: int, port: int, configs: list[str], prefix: str, out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def _rank(rank: int, world: int, configs: list[str], prefix: str, out: str) -> None:
     states = [updated(RunConfig.model_validate_json(c), prefix, rank, world) for c in configs]
     torch.save(states, f"{out}/{world}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 CASES: list[dict[str, Any]] = [
@@ -107,10 +101,7 @@ def test_one_two_and_three_workers_make_the_same_update(tiny_run: TinyRun, folde
         fresh = build_losses(config, with_texts(config, prefix)).state_dict()
         assert any("tuned" in k and not torch.equal(state[k], v) for k, v in fresh.items()), "the encoder did not learn"
     for world in (2, 3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(_rank, (world, port, [c.model_dump_json() for c in configs], prefix, str(tmp_path)), nprocs=world)
+        run_ranks(world, _rank, [c.model_dump_json() for c in configs], prefix, str(tmp_path))
         for rank in range(world):
             states = torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True)
             for case, wanted, state in zip(CASES, alone, states, strict=True):

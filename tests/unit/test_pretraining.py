@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mtrec_ray import storage
 from mtrec_ray.config import EncoderConfig, RunConfig
@@ -37,6 +34,7 @@ from mtrec_ray.pretraining.pairs import build_pairs
 from mtrec_ray.training.checkpoint import Checkpoints
 from tests import tiny
 from tests.conftest import TinyRun
+from tests.ranks import run_ranks
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Thing", "even", "odd", "new", ",", ";", *map(str, range(30))]
 SPECIAL = Special(begin=(2,), between=(3,), pad=0, mask=4, never=(0, 1, 2, 3, 4), vocabulary=len(WORDS))
@@ -223,22 +221,16 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         assert torch.equal(weights(tmp_path / "killed")[name], value), name
 
 
-def _rank(rank: int, world: int, port: int, config: str, prefix: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def _rank(rank: int, world: int, config: str, prefix: str, out: str) -> None:
     facts = worker.run_worker(RunConfig.model_validate_json(config), prefix, out, lambda *_: None)
     torch.save(facts[NAMES[facts["objective"]]], f"{out}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 NAMES = {"mlm": "perplexity", "clm": "perplexity", "contrastive": "info_nce", "distil": "distance"}
 
 
 def in_two(config: RunConfig, run: TinyRun, out: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (2, port, config.model_dump_json(), run.data.prefix, str(out)), nprocs=2)
+    run_ranks(2, _rank, config.model_dump_json(), run.data.prefix, str(out))
 
 
 @pytest.mark.slow

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,12 +23,11 @@ from mtrec_ray.training import checkpoint, feed, loop, stream, worker
 from mtrec_ray.training.checkpoint import CheckpointError, Checkpoints
 from mtrec_ray.training.guard import TrainingStopped
 from mtrec_ray.training.worker import run_worker
-from tests import tiny
+from tests import ranks, tiny
 from tests.conftest import TinyRun
+from tests.net import free_port
 
 EVERY = 2
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["tests.unit.test_resume"])
 
 
 def everything(raw: dict[str, Any]) -> None:
@@ -168,8 +165,7 @@ def _process(rank: int, world: int, port: int, config: str, prefix: str, out: st
     os.environ["STEPS_PER_EPOCH"] = str(steps)
     torch.rand(attempt * 7 + 3)  # the state of the generator at the start must not matter
     if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        ranks.join(rank, world, port)
     note_windows(Path(out), rank, attempt)
     if kill and kill[0] == "poison":
         poison(kill[1])
@@ -194,17 +190,14 @@ def _process(rank: int, world: int, port: int, config: str, prefix: str, out: st
 def attempt(world: int, config: RunConfig, prefix: str, out: Path, kill: Any = None, steps: int = 0, number: int = 0) -> bool:
     """Run some ranks; when one dies, kill the others as a launcher does. -> whether all ended well."""
     out.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = (world, port, config.model_dump_json(), prefix, str(out), kill, steps, number)
-    ranks = [_server.Process(target=_process, args=(rank, *settings)) for rank in range(world)]
-    for process in ranks:
+    settings = (world, free_port(), config.model_dump_json(), prefix, str(out), kill, steps, number)
+    processes = [ranks.SERVER.Process(target=_process, args=(rank, *settings)) for rank in range(world)]
+    for process in processes:
         process.start()
-    while any(p.is_alive() for p in ranks) and all(p.exitcode in (None, 0) for p in ranks):
+    while any(p.is_alive() for p in processes) and all(p.exitcode in (None, 0) for p in processes):
         time.sleep(0.02)
-    codes = [p.exitcode for p in ranks]
-    for process in ranks:
+    codes = [p.exitcode for p in processes]
+    for process in processes:
         process.kill()
         process.join()
     assert codes == [0] * world or -signal.SIGKILL in codes, codes  # the others may have noticed

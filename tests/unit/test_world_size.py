@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mtrec_ray import storage
 from mtrec_ray.balancing import build_balancer
@@ -23,6 +20,7 @@ from mtrec_ray.training.step import build_losses, build_optimizer, distribute, t
 from mtrec_ray.training.worker import build_feed, build_model, load_schema
 from tests import tiny
 from tests.conftest import TinyRun
+from tests.ranks import run_ranks
 
 STEPS = 3
 
@@ -59,23 +57,17 @@ def updated(config: RunConfig, prefix: str, rank: int, world: int, only_last_rat
     return {"reported": reported} | {k: v.detach().clone() for k, v in losses.state_dict().items()}
 
 
-def _rank(rank: int, world: int, port: int, configs: list[str], prefix: str, only_last_rated: list[bool], out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def _rank(rank: int, world: int, configs: list[str], prefix: str, only_last_rated: list[bool], out: str) -> None:
     pairs = zip(configs, only_last_rated, strict=True)
     states = [updated(RunConfig.model_validate_json(c), prefix, rank, world, m) for c, m in pairs]
     torch.save(states, f"{out}/{world}-{rank}.pt")
-    dist.destroy_process_group()
 
 
-def run_ranks(
+def states_of(
     world: int, configs: list[RunConfig], prefix: str, only_last_rated: list[bool], out: Path
 ) -> list[list[dict[str, torch.Tensor]]]:
     """Weights of every rank, of every configuration."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, (world, port, [c.model_dump_json() for c in configs], prefix, only_last_rated, str(out)), nprocs=world)
+    run_ranks(world, _rank, [c.model_dump_json() for c in configs], prefix, only_last_rated, str(out))
     return [torch.load(out / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -116,7 +108,7 @@ def test_one_two_and_three_workers_make_the_same_update(tiny_run: TinyRun, tmp_p
     for state in alone:
         assert any(not torch.equal(state[f"model.{k}"], v) for k, v in fresh.items())
     for world in (2, 3):
-        for states in run_ranks(world, configs, prefix, missing, tmp_path):
+        for states in states_of(world, configs, prefix, missing, tmp_path):
             for case, wanted, state in zip(CASES, alone, states, strict=True):
                 for name, value in wanted.items():
                     torch.testing.assert_close(
