@@ -139,13 +139,17 @@ def test_no_buffer_is_sent_around_in_a_step(tiny_run: TinyRun, monkeypatch: pyte
     config, schema = tiny_run.config, load_schema(tiny_run.data.prefix)
     cache = WindowCache.from_table(storage.read_table(storage.join(tiny_run.data.prefix, "windows", "train")))
     losses: Any = build_losses(config, with_text(config, tiny_run.data.prefix))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+
+    def step() -> None:  # DDP goes before its group does: the other way round gloo's threads wait for Python, and Python for them
         wrapped: Any = distribute(losses)
         assert wrapped.modules_buffers
         monkeypatch.setattr(type(wrapped), "_sync_buffers", lambda self: pytest.fail("buffers are sent around"))
         micro = next(iter(build_feed(config, schema, cache, 0, 1).epoch(0)))
         train_step(wrapped, build_optimizer(losses, config.train), micro)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        step()
     finally:
         dist.destroy_process_group()
 
