@@ -1,4 +1,5 @@
-"""evaluate: the distributed runner. Ray Data actors measure parts of the test moments; the driver merges and reports."""
+"""evaluate: the distributed runner. Ray Data actors measure parts of the test moments, or the driver where there are few; the
+driver merges and reports."""
 
 from __future__ import annotations
 
@@ -36,6 +37,8 @@ from mtrec_ray.predictor import Predictor
 from mtrec_ray.training.feed import WindowCache
 
 log = logging.getLogger(__name__)
+FEW = 2_000_000
+"""Test targets × items that the driver measures itself: one thread needs seconds for them, and so does the start of an actor."""
 
 
 class _Actor:
@@ -75,9 +78,8 @@ def measure_split(
     """Statistics of a whole split, measured by Ray Data actors part by part and merged in the order of the parts, so
     that the number of blocks in flight changes no digit.
 
-    blocks: actors at work (default: as many as parts and CPUs allow). text_prefix: of the encode stage, where the model reads
-    texts of events. Raises EvaluationError when a system's scores are
-    no numbers.
+    blocks: actors at work (default: as many as parts and CPUs allow), 0: none, this process does it. text_prefix: of the encode
+    stage, where the model reads texts of events. Raises EvaluationError when a system's scores are no numbers.
     """
     parts = storage.list_uris(data.path("windows", split), ".parquet")
     there = set(storage.list_uris(data.path("windows", "train"), ".parquet"))
@@ -85,17 +87,30 @@ def measure_split(
     for part in parts:
         train = part.replace(f"/windows/{split}/", "/windows/train/")
         rows.append({"part": part, "train": train if train in there else ""})
-    kept = ray.put(baselines)
-    dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(parts))).map(
-        _Actor,
-        fn_constructor_args=(bundle_prefix, [kept], resampler, text_prefix),
-        compute=ray.data.ActorPoolStrategy(min_size=blocks or 1, max_size=blocks or _room(len(parts))),
-    )
-    found = runtime.collect(dataset, f"evaluate: {split}, parts", len(parts))
+    arguments = (bundle_prefix, [ray.put(baselines)], resampler, text_prefix)
+    if blocks == 0:
+        found = _here(arguments, rows)
+    else:
+        dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(parts))).map(
+            _Actor,
+            fn_constructor_args=arguments,
+            compute=ray.data.ActorPoolStrategy(min_size=blocks or 1, max_size=blocks or _room(len(parts))),
+        )
+        found = runtime.collect(dataset, f"evaluate: {split}, parts", len(parts))
     broken = sorted({str(r["error"]) for r in found if r["error"]})
     if broken:
         raise EvaluationError("; ".join(broken))
     return merge_reduced([pickle.loads(r["found"]) for r in sorted(found, key=lambda r: str(r["part"]))])
+
+
+def _here(arguments: tuple[Any, ...], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What an actor does, in this process and with as many threads, so that it changes no digit."""
+    threads = torch.get_num_threads()
+    try:
+        actor = _Actor(*arguments)
+        return [actor(row) for row in rows]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _event_texts(text_prefix: str | None) -> EventTexts | None:
@@ -134,7 +149,8 @@ def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str, tex
     baselines, skipped = _fit(config, data, predictor, _event_texts(text_prefix))
     resampler = Resampler(config.evaluation.bootstrap, config.evaluation.seed)
     found = {n: f.system for n, f in baselines.items()}
-    reduced = measure_split(data, bundle_prefix, "test", found, resampler, text_prefix=text_prefix)
+    blocks = 0 if data.manifest["rows"]["test_targets"] * len(predictor.item_ids) <= FEW else None
+    reduced = measure_split(data, bundle_prefix, "test", found, resampler, blocks, text_prefix)
     systems = {MODEL: Model(predictor), **{n: f.system for n, f in baselines.items()}}
     reduced = merge_reduced([reduced, evaluate_items(systems, predictor, resampler, config.evaluation.profile_folds_test)])
     return report_numbers(config, data, predictor, reduced, baselines, skipped, resampler)

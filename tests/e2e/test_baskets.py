@@ -16,6 +16,7 @@ import pytest
 
 from mtrec_ray import bundle, storage
 from mtrec_ray.config import RunConfig, parse_config
+from mtrec_ray.evaluation import runner
 from mtrec_ray.histories import History
 from mtrec_ray.pipeline import STAGES, StageError, run_stages
 from mtrec_ray.serving.history import PreparedHistories
@@ -202,7 +203,7 @@ def test_a_job_killed_while_it_writes_scores_leaves_the_old_ones(
 
 
 def test_blocks_in_flight_change_no_digit(run: tuple[RunConfig, Path]) -> None:
-    """Two evaluations of one bundle, with 1 and with 4 blocks in flight, are equal to the last bit."""
+    """Evaluations of one bundle, in this process and with three blocks in flight, are equal to the last bit."""
     from mtrec_ray.evaluation.baselines import ItemVectors, Popularity
     from mtrec_ray.evaluation.runner import measure_split
     from mtrec_ray.evaluation.statistics import Resampler
@@ -214,12 +215,12 @@ def test_blocks_in_flight_change_no_digit(run: tuple[RunConfig, Path]) -> None:
     count = storage.read_table(data.path("catalogue.parquet"), ["count"])["count"].to_numpy().astype(np.float32)
     systems = {"popularity": Popularity(count), "item_vectors": ItemVectors(bundle.load(prefix).item_vec_ND)}
     text = storage.Directory(str(out / "text")).prefix
-    one, four = (measure_split(data, prefix, "test", systems, Resampler(30), n, text) for n in (1, 4))
-    assert set(one) == set(four) == {"model", *systems}
-    for system in one:
-        assert set(one[system]) == set(four[system]) and len(one[system]) > 5
-        for part, statistics in one[system].items():
-            other = four[system][part]
+    here, three = (measure_split(data, prefix, "test", systems, Resampler(30), n, text) for n in (0, 3))
+    assert set(here) == set(three) == {"model", *systems}
+    for system in here:
+        assert set(here[system]) == set(three[system]) and len(here[system]) > 5
+        for part, statistics in here[system].items():
+            other = three[system][part]
             assert set(statistics.sums) == set(other.sums) and set(statistics.scores) == set(other.scores)
             assert all(np.array_equal(v, other.sums[n]) for n, v in statistics.sums.items())
             for name, scores in statistics.scores.items():
@@ -242,16 +243,19 @@ def test_a_run_compares_with_itself_and_the_gate_holds(run: tuple[RunConfig, Pat
     assert "retrieval/ndcg@10" in capsys.readouterr().out
 
 
-def test_a_broken_model_is_said_plainly_through_the_actors(ray_cluster: Any, tiny_run: TinyRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [0, runner.FEW])
+def test_a_broken_model_is_said_plainly_here_and_through_the_actors(
+    ray_cluster: Any, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
     from mtrec_ray.evaluation.evaluate import EvaluationError
-    from mtrec_ray.evaluation.runner import evaluate
 
+    monkeypatch.setattr(runner, "FEW", few)
     broken = bundle.load(tiny_run.bundle_root)
     broken.model.trunk.norm.weight.data.fill_(float("nan"))
     tiny.write_bundle(tiny_run.config, tiny_run.data, broken.model, tmp_path / "bundle")
     quick = parse_config(tiny_run.config.model_dump(mode="json") | {"evaluation": {"baselines": [], "bootstrap": 0}})
     with pytest.raises(EvaluationError, match="retrieval scores contain NaN or infinity: the model is broken"):
-        evaluate(quick, tiny_run.data, str(tmp_path / "bundle"))
+        runner.evaluate(quick, tiny_run.data, str(tmp_path / "bundle"))
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,4 +288,3 @@ def test_other_baselines_are_evaluated_without_training_again(run: tuple[RunConf
     assert (out / "train" / "manifest.json").stat().st_mtime_ns == before
     metrics = read_metrics(out)
     assert set(metrics["baselines"]) == {"popularity"} and metrics["comparison"]["resamples"] == 25
-    run_stages(config, str(out), STAGES)
