@@ -22,15 +22,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # on two processes: those without a cluster, then those with one (a Ray cluster for each process)
 test: install
-	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m ray -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 fast: install
-	$(BIN)/python -m pytest -m "not ray and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not ray and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # of lines in the rooms that know no Ray
 coverage: install
-	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest -m "not ray" -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 docs: install
 	$(BIN)/mkdocs build --strict --quiet

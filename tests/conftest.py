@@ -14,6 +14,7 @@ import torch
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no node is drained here: a process less per training
 
 from mtrec_ray import storage
 from mtrec_ray.config import RunConfig
@@ -23,6 +24,18 @@ from tests.net import free_port
 from tests.s3 import Bucket
 
 torch.set_num_threads(1)
+
+LONGEST = (
+    "test_tutorial", "test_cluster", "test_train", "test_score", "test_baskets", "test_serving", "test_nightly", "test_pretrain",
+    "test_submit", "test_finetuned", "test_same_answers", "test_tune", "test_readme", "test_s3", "test_jobs",
+    "test_fuzz", "test_resume", "test_training_options", "test_world_size", "test_finetuning", "test_pretraining",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that of two processes none waits long for the other at the end."""
+    place = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @dataclass

@@ -37,6 +37,7 @@ def write_runs(folder: Path) -> None:
     tiny.write_log(folder, users=40)
     raw = tiny.raw_config(folder)
     raw["train"] |= {"epochs": 2, "workers": 0}
+    raw["data"]["partitions"] = 1  # one actor has it all
     raw["tasks"] = {name: raw["tasks"][name] for name in ("retrieval", "rating", "click")}
     raw["evaluation"] |= {"baselines": ["popularity"]}
     raw["pretrain"] = {"model": str(write_checkpoint(folder / "bert")), "block": 16, "batch_blocks": 4, "workers": 1}

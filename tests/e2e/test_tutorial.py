@@ -1,4 +1,5 @@
-"""The tutorial, block by block, as a reader would run it; what serves for ever is started beside."""
+"""The tutorial, block by block, as a reader would run it, but that its jobs share one cluster instead of starting a Ray each; what
+serves for ever is started beside, on a Ray of its own."""
 
 from __future__ import annotations
 
@@ -39,6 +40,7 @@ def test_every_block_of_the_tutorial_runs(ray_cluster: Any, tmp_path: Path) -> N
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
                     "RAY_USAGE_STATS_ENABLED": "0"}  # fmt: skip
+    jobs = environment | {"RAY_ADDRESS": ray_cluster.address_info["gcs_address"]}
     port, answers, service = free_port(), [], None
     try:
         for language, text in blocks():
@@ -55,7 +57,7 @@ def test_every_block_of_the_tutorial_runs(ray_cluster: Any, tmp_path: Path) -> N
             program = [sys.executable, "-"] if language == "python" else ["bash", "-euo", "pipefail"]
             text = text.replace("localhost:8000", f"localhost:{port}")
             options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 400}
-            done = subprocess.run(program, input=text, cwd=tmp_path, env=environment, **options)
+            done = subprocess.run(program, input=text, cwd=tmp_path, env=jobs, **options)
             assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
             answers.append(done.stdout)
     finally:

@@ -1,4 +1,4 @@
-"""Bulk encoding on a real cluster: shards that survive a killed actor, texts that are known already."""
+"""Bulk encoding on a real cluster: shards that survive a killed actor or job."""
 
 from __future__ import annotations
 
@@ -81,32 +81,3 @@ def test_a_job_that_ended_half_way_goes_on_with_the_shards_that_are_missing(
     (tmp_path / "noted").unlink()
     assert bulk.encode(config, tiny_run.data, str(tmp_path / "text")) is not None
     assert (tmp_path / "noted").read_text() == "1\n"
-
-
-def test_texts_that_are_known_are_not_encoded_again(
-    ray_cluster: Any, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two new items, or another encoder: two texts, or all."""
-    config = with_encoder(tiny_run, tmp_path)
-    first = bulk.encode(config, tiny_run.data, str(tmp_path / "text"))
-    assert first is not None
-    before = storage.read_table(first.path("texts.parquet"))["text"].to_pylist()
-    vectors = np.load(first.path("vectors.npy"))
-    catalogue = storage.read_table(tiny_run.data.path("catalogue.parquet"))
-    position = catalogue.column_names.index("text")
-    texts = [*catalogue["text"].to_pylist()[:-2], "Thing 27, odd", "Thing 28, even"]
-    grown = storage.Directory(tmp_path / "grown")
-    prefix = grown.begin("1" * 64)
-    storage.write_table(storage.join(prefix, "catalogue.parquet"), catalogue.set_column(position, "text", [texts]))
-    grown.publish("1" * 64)
-    again = bulk.encode(config, grown, str(tmp_path / "text"))
-    assert again is not None and again.manifest["encoded"] == 2 and again.manifest["texts"] == 21
-    found = dict(
-        zip(storage.read_table(again.path("texts.parquet"))["text"].to_pylist(), np.load(again.path("vectors.npy")), strict=True)
-    )
-    for text, vector in zip(before, vectors, strict=True):
-        if text in found:
-            np.testing.assert_array_equal(found[text], vector)
-    other = config.model_copy(update={"encoder": config.encoder.model_copy(update={"pooling": "cls"})})  # type: ignore[union-attr]
-    whole = bulk.encode(other, grown, str(tmp_path / "text"))
-    assert whole is not None and whole.manifest["encoded"] == 21

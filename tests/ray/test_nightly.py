@@ -34,6 +34,7 @@ def shop(tmp_path: Path, ray_cluster: Any) -> Path:
         shutil.move(str(tmp_path / "log" / f"part{n}.csv"), str(tmp_path / "later"))
     raw = tiny.raw_config(tmp_path)
     raw["train"] |= {"epochs": 2, "workers": 0}
+    raw["data"]["partitions"] = 1  # one actor has it all
     raw["evaluation"] |= {"baselines": ["popularity"]}
     (tmp_path / "shop.yaml").write_text(yaml.safe_dump(raw))
     return tmp_path
