@@ -26,8 +26,8 @@ from tests.s3 import Bucket
 torch.set_num_threads(1)
 
 LONGEST = (
-    "test_tutorial", "test_cluster", "test_train", "test_score", "test_baskets", "test_serving", "test_nightly", "test_pretrain",
-    "test_submit", "test_finetuned", "test_same_answers", "test_tune", "test_readme", "test_s3", "test_jobs",
+    "test_same_answers", "test_tutorial", "test_cluster", "test_train", "test_score", "test_baskets", "test_serving",
+    "test_nightly", "test_pretrain", "test_submit", "test_finetuned", "test_tune", "test_readme", "test_s3", "test_jobs",
     "test_fuzz", "test_resume", "test_training_options", "test_world_size", "test_finetuning", "test_pretraining",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -163,11 +164,11 @@ def test_stages_of_different_bundles_refuse_and_are_not_healthy(ray_cluster: Any
 
 
 def test_the_ingress_hashes_ids_as_preparation_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Callers keep sending the log's ids."""
-    from ray import serve
-
+    """Callers keep sending the log's ids. Without Serve: after its local testing mode a process cannot deploy the Ingress."""
     from mtrec_ray.serving.api import RecommendRequest
-    from mtrec_ray.serving.deployments import build_graph
+    from mtrec_ray.serving.deployments import Heads, Here, Retrieval, StateEncoder
+    from mtrec_ray.serving.ingress import Ingress
+    from mtrec_ray.serving.settings import ServingSettings
 
     monkeypatch.setenv("MTREC_TEST_KEY", "a key of 24 bytes, or so")
     tiny.write_log(tmp_path)
@@ -175,11 +176,13 @@ def test_the_ingress_hashes_ids_as_preparation_did(tmp_path: Path, monkeypatch: 
     data = tiny.prepare_locally(config, tmp_path / "data")
     tiny.write_bundle(config, data, tiny.train_locally(config, data), tmp_path / "bundle")
 
-    handle = serve.run(build_graph(str(tmp_path / "bundle"), str(tmp_path / "data")), _local_testing_mode=True)
+    root, data_root = str(tmp_path / "bundle"), str(tmp_path / "data")
+    stages = [Here(d.func_or_class(root)) for d in (StateEncoder, Retrieval, Heads)]
+    ingress = Ingress.func_or_class.__mro__[1](root, data_root, *stages, settings=ServingSettings(deadline_ms=60_000))
 
-    def answer(user_id: str) -> Any:
-        return handle.recommend.remote(RecommendRequest(user_id=user_id, k=3)).result()
+    async def ask() -> list[dict[str, Any]]:
+        return [await ingress.recommend(RecommendRequest(user_id=user, k=3)) for user in ("u3", "a stranger")]
 
-    found = answer("u3")
+    found, stranger = asyncio.run(ask())
     assert found["degraded"] == [] and found["user_id"] == "u3" and len(found["items"]) == 3
-    assert answer("a stranger")["degraded"] == ["no_history"]
+    assert stranger["degraded"] == ["no_history"]
