@@ -38,7 +38,8 @@ from mtrec_ray.training.feed import WindowCache
 
 log = logging.getLogger(__name__)
 FEW = 2_000_000
-"""Test targets × items that the driver measures itself: one thread needs seconds for them, and so does the start of an actor."""
+"""Test targets × items that the driver measures itself: one thread needs seconds for them, and so does the start of an actor.
+A thousand items at least are counted, since each target's history is encoded too."""
 
 
 class _Actor:
@@ -149,7 +150,7 @@ def evaluate(config: RunConfig, data: storage.Directory, bundle_prefix: str, tex
     baselines, skipped = _fit(config, data, predictor, _event_texts(text_prefix))
     resampler = Resampler(config.evaluation.bootstrap, config.evaluation.seed)
     found = {n: f.system for n, f in baselines.items()}
-    blocks = 0 if data.manifest["rows"]["test_targets"] * len(predictor.item_ids) <= FEW else None
+    blocks = 0 if data.manifest["rows"]["test_targets"] * max(1000, len(predictor.item_ids)) <= FEW else None
     reduced = measure_split(data, bundle_prefix, "test", found, resampler, blocks, text_prefix)
     systems = {MODEL: Model(predictor), **{n: f.system for n, f in baselines.items()}}
     reduced = merge_reduced([reduced, evaluate_items(systems, predictor, resampler, config.evaluation.profile_folds_test)])
